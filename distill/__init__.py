@@ -1,0 +1,1 @@
+"""The lesson: data, losses, training, instruction tuning, and the `distill` command."""

@@ -1,0 +1,1 @@
+"""Instruction tuning of generators on (image, instruction, RGB answer) pairs."""

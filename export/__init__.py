@@ -1,0 +1,1 @@
+"""The delivery: ONNX and TensorRT artefacts, judged in task units before they ship."""

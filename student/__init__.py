@@ -1,0 +1,1 @@
+"""The model: a timm backbone, a light decoder, one head per task."""

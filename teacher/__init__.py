@@ -1,0 +1,1 @@
+"""The label: asked for, decoded, made metric, stored, measured."""

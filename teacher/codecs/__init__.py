@@ -1,0 +1,1 @@
+"""Picture <-> quantity: pure functions, no model, no input or output."""

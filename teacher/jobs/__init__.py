@@ -1,0 +1,1 @@
+"""Label jobs: sources -> plan -> teacher -> sealed shards."""

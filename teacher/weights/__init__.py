@@ -1,0 +1,1 @@
+"""The shipped mini teacher's weights (safetensors)."""
