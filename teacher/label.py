@@ -236,7 +236,9 @@ def _check_ids(key: str, task: Task, ids: np.ndarray, classes: Mapping[int, Any]
     if task is Task.SEMANTIC and classes is not None:
         strange = set(np.unique(ids).tolist()) - set(classes) - {unknown_class(ids.dtype)}
         if strange:
-            _fail(key, "class ids", sorted(strange)[:5], f"ids of the class table {sorted(classes)}")
+            _fail(
+                key, "class ids", sorted(strange)[:5], f"ids of the class table {sorted(classes)}"
+            )
 
 
 def _check_map(key: str, name: str, values: np.ndarray, upper: float) -> None:
