@@ -1,0 +1,149 @@
+"""Any `timm` model that offers ``features_only``, as a pyramid of feature maps.
+
+The contract with `timm` is ``features_only`` + ``feature_info`` and nothing else, so that a new
+backbone is a new name in a YAML file. Plain vision transformers answer at one stride only; four of
+their blocks, evenly spread, become the pyramid (Ranftl et al. 2021, "Vision Transformers for Dense
+Prediction", section 3.1), their position embeddings made for the given size.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+class StudentError(ValueError):
+    """A student that cannot be built from what was asked for; the text says why. Exit 2."""
+
+    exit_code = 2
+
+
+class WeightsUnavailable(RuntimeError):
+    """Pretrained weights that could not be fetched or read. Exit 3."""
+
+    exit_code = 3
+
+
+def _unknown_backbone(name: str) -> StudentError:
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    return StudentError(
+        f"student backbone {name!r} is not a timm model{hint}. "
+        "`python -c \"import timm; print(timm.list_models('*vit*'))\"` lists the names."
+    )
+
+
+def _create(name: str, *, pretrained: bool, weights: str, options: dict[str, Any]) -> Any:
+    """`timm.create_model` with errors that say what to do."""
+    overlay: dict[str, Any] = {}
+    if weights:
+        if not Path(weights).is_file():
+            raise StudentError(f"backbone_weights={weights!r}: no such file")
+        if not weights.endswith(".safetensors"):
+            raise StudentError(
+                f"backbone_weights={weights!r}: only .safetensors is read, never a pickle; convert "
+                "it once with safetensors.torch.save_file(state_dict, path)"
+            )
+        overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
+    elif pretrained:
+        overlay = {"pretrained": True}
+    try:
+        return timm.create_model(name, features_only=True, **options, **overlay)
+    except (RuntimeError, AttributeError, NotImplementedError, OSError, ValueError) as error:
+        if overlay:
+            raise _unavailable(name, error) from error
+        raise StudentError(
+            f"student backbone {name!r} cannot give feature maps (timm features_only): {error}"
+        ) from error
+
+
+def _unavailable(name: str, error: Exception) -> WeightsUnavailable:
+    return WeightsUnavailable(
+        f"weights for backbone {name!r} could not be loaded: {type(error).__name__}: {error}. "
+        "Train from scratch with student.pretrained=false, or point student.backbone_weights at a "
+        "local .safetensors file; HF_HUB_OFFLINE and HF_ENDPOINT are honoured."
+    )
+
+
+class Backbone(nn.Module):
+    """Feature maps of a `timm` model, fine to coarse.
+
+    Args:
+        name: any name of ``timm.list_models()``, with or without a weight tag.
+        height: fixed input height [px]; a multiple of the coarsest stride.
+        width: fixed input width [px]; likewise.
+        pretrained: fetch `timm`'s weights for this name (hub or cache).
+        weights: a local .safetensors file instead; empty for none.
+
+    Attributes:
+        channels: channels per level, fine to coarse.
+        strides: stride of every level [px].
+        mean, std: what the weights expect of an RGB in [0, 1].
+        licence: licence of the weights as `timm` records it ("" when trained from scratch).
+    """
+
+    def __init__(
+        self, name: str, *, height: int, width: int, pretrained: bool = False, weights: str = ""
+    ) -> None:
+        """Build the network; see the class for the arguments."""
+        super().__init__()
+        if not timm.is_model(name):
+            raise _unknown_backbone(name)
+        facts = timm.get_pretrained_cfg(name)
+        options: dict[str, Any] = {}
+        if facts is not None and facts.fixed_input_size:
+            self._check_size(name, height, width, self._coarsest_stride(name))
+            options["img_size"] = (height, width)
+        probe = _create(name, pretrained=False, weights="", options=options)
+        blocks = len(probe.feature_info.info)
+        if len(set(probe.feature_info.reduction())) == 1 and blocks >= 4:
+            options["out_indices"] = tuple(math.ceil(blocks * k / 4) - 1 for k in (1, 2, 3, 4))
+        if pretrained or weights or "out_indices" in options:
+            probe = _create(name, pretrained=pretrained, weights=weights, options=options)
+        self.net = probe
+        self.channels: list[int] = list(probe.feature_info.channels())
+        self.strides: list[int] = list(probe.feature_info.reduction())
+        self._check_size(name, height, width, max(self.strides))
+        self.channels_last = str(getattr(probe, "output_fmt", "NCHW")).endswith("NHWC")
+        self.mean = tuple(facts.mean) if facts else (0.485, 0.456, 0.406)
+        self.std = tuple(facts.std) if facts else (0.229, 0.224, 0.225)
+        self.licence = (facts.license or "") if facts and (pretrained or weights) else ""
+
+    @staticmethod
+    def _coarsest_stride(name: str) -> int:
+        return max(timm.create_model(name, features_only=True).feature_info.reduction())
+
+    @staticmethod
+    def _check_size(name: str, height: int, width: int, stride: int) -> None:
+        if height % stride or width % stride or height < stride or width < stride:
+            near = [max(stride, round(v / stride) * stride) for v in (height, width)]
+            raise StudentError(
+                f"student size {height}x{width} (height x width): {name} needs multiples of "
+                f"{stride} px; the nearest is height={near[0]} width={near[1]}"
+            )
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Normalised image [B,3,H,W] -> features [B,C,H/stride,W/stride] per level."""
+        features = self.net(image)
+        if self.channels_last:
+            features = [f.permute(0, 3, 1, 2).contiguous() for f in features]
+        return list(features)
+
+
+def conv_block(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, batch norm, ReLU: folds into one convolution in every runtime."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def upsampled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, half-pixel centres, no antialias: the one resize every runtime agrees on."""
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    return nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)

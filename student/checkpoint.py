@@ -1,0 +1,120 @@
+"""``student.safetensors``: weights, plain-JSON config and provenance in one file; never a pickle.
+
+Layout: a safetensors file whose ``__metadata__`` holds ``format`` = "dense-distill student 1",
+``config`` (the arguments of `Student`) and ``provenance`` (what it was trained on), both JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from student.backbone import StudentError
+from student.model import Student
+
+FORMAT = "dense-distill student 1"
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint of ours, or not a whole one. Exit 2."""
+
+    exit_code = 2
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Put ``data`` at ``path`` so that a reader sees the old file or the new one, never a part.
+
+    The temporary file stands in the same directory (a rename across file systems is a copy), is
+    synced before the rename, and the directory after it.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save_student(model: Student, path: str | Path, provenance: dict[str, Any]) -> None:
+    """Write ``model`` to ``path`` (.safetensors), atomically.
+
+    Raises:
+        CheckpointError: a weight is not finite; such a file is never written.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise CheckpointError(f"refusing to write {path}: not finite: {', '.join(bad[:5])}")
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(model.config, sort_keys=True),
+        "provenance": json.dumps(provenance, sort_keys=True),
+    }
+    write_atomic(path, to_bytes(state, metadata=metadata))
+
+
+def _not_ours(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a student checkpoint: {found}. Expected a student.safetensors written by "
+        "`distill train` (RUN/student.safetensors); pickled files (.pt, .pth, .ckpt) are never "
+        "opened."
+    )
+
+
+def _describe_foreign(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "it is a pickle or a zip archive, as torch.save writes them"
+    if not start:
+        return "it is empty"
+    size = path.stat().st_size
+    return f"it is no readable safetensors file (truncated or another format, {size} bytes)"
+
+
+def load_student(path: str | Path) -> Student:
+    """Rebuild the student from its file, in eval mode, on the CPU, strictly.
+
+    ``.config`` and ``.provenance`` of the result hold what the file says.
+
+    Raises:
+        CheckpointError: no such file, or not a whole checkpoint of ours; never unpickles.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(f"checkpoint {path}: {what}; expected RUN/student.safetensors")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format", "a safetensors file without our metadata")
+                raise _not_ours(path, f"its format is {found!r}, not {FORMAT!r}")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise _not_ours(path, f"{_describe_foreign(path)}: {error}") from error
+    try:
+        model = Student(**json.loads(metadata["config"]))
+        model.provenance = json.loads(metadata["provenance"])
+        model.load_state_dict(state, strict=True)
+    except (KeyError, TypeError, ValueError, StudentError, RuntimeError) as error:
+        raise _not_ours(path, f"its config and its weights do not fit: {error}") from error
+    return model.eval()

@@ -1,0 +1,106 @@
+"""One head per task: the decoder's features to values in the units of the label contract.
+
+A head predicts ``stride x stride`` sub-pixels per decoder cell (Shi et al. 2016, "Real-Time Single
+Image and Video Super-Resolution", equation 4): full-resolution edges for the price of one coarse
+convolution, exported as DepthToSpace. Its weights start equal over the sub-pixels (Aitken et al.
+2017, "Checkerboard artifact free sub-pixel convolution"), that is as nearest upsampling.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from student.backbone import conv_block
+
+LOG_DEPTH_RANGE = (-7.0, 11.0)  # 0.9 mm to 60 km: finite in float16 as well
+LOG_SCALE_RANGE = (-6.0, 3.0)  # Laplace scale of log depth between 0.0025 and 20
+START_DEPTH_M = 3.0  # what an untrained depth head says
+START_ANGLE_DEG = 20.0  # and an untrained normals uncertainty
+
+Image = Float[Tensor, "b c h w"]
+
+
+class SubPixel(nn.Module):
+    """Features [B,C,h,w] -> ``outputs`` maps [B,outputs,h*stride,w*stride], linear at the end."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int, start: list[float]) -> None:
+        """``start``: the constant each output begins with (the bias)."""
+        super().__init__()
+        self.hidden = conv_block(inputs, inputs)
+        self.out = nn.Conv2d(inputs, outputs * stride**2, 1)
+        self.shuffle = nn.PixelShuffle(stride)
+        with torch.no_grad():
+            weight = torch.randn(outputs, inputs, 1, 1) * (0.1 / math.sqrt(inputs))
+            self.out.weight.copy_(weight.repeat_interleave(stride**2, 0))
+            self.out.bias.copy_(torch.tensor(start).repeat_interleave(stride**2))  # type: ignore[union-attr]
+
+    def forward(self, x: Image) -> Image:
+        """See the class."""
+        return self.shuffle(self.out(self.hidden(x)))
+
+
+class DepthHead(nn.Module):
+    """Unbounded log depth, sky, and the Laplace scale of log depth.
+
+    Depth is ``exp`` of an unbounded number (clamped only where float16 would overflow), in metres
+    of the canonical camera: D_canonical = D f_c / f (Yin et al. 2023, "Metric3D", section 3.1).
+    """
+
+    def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
+        """``inputs``: decoder channels."""
+        super().__init__()
+        start = [math.log(START_DEPTH_M), -3.0, math.log(0.2)]
+        self.uncertainty = uncertainty
+        outputs = 2 + uncertainty
+        self.maps = SubPixel(inputs, outputs, stride=stride, start=start[:outputs])
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """``depth`` [B,1,H,W] canonical m, ``sky`` logits, ``depth_uncertainty`` Laplace b."""
+        maps = self.maps(x)
+        answer = {"depth": maps[:, 0:1].clamp(*LOG_DEPTH_RANGE).exp(), "sky": maps[:, 1:2]}
+        if self.uncertainty:
+            answer["depth_uncertainty"] = maps[:, 2:3].clamp(*LOG_SCALE_RANGE).exp()
+        return answer
+
+
+class NormalsHead(nn.Module):
+    """Unit normals (x right, y up, z to the viewer) and their expected angular error."""
+
+    def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
+        """``inputs``: decoder channels."""
+        super().__init__()
+        share = START_ANGLE_DEG / 180
+        start = [0.0, 0.0, 1.0, math.log(share / (1 - share))]
+        self.uncertainty = uncertainty
+        outputs = 3 + uncertainty
+        self.maps = SubPixel(inputs, outputs, stride=stride, start=start[:outputs])
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """``normals`` [B,3,H,W] unit vectors; ``normals_uncertainty`` [B,1,H,W] in degrees."""
+        maps = self.maps(x)
+        answer = {"normals": nn.functional.normalize(maps[:, :3], dim=1, eps=1e-4)}
+        if self.uncertainty:
+            answer["normals_uncertainty"] = 180 * maps[:, 3:4].sigmoid()
+        return answer
+
+
+class SemanticHead(nn.Module):
+    """Class logits; their uncertainty is 1 - p of the most likely class."""
+
+    def __init__(self, inputs: int, *, stride: int, classes: int, uncertainty: bool) -> None:
+        """``classes``: number of channels, in the order of the model's ``class_ids``."""
+        super().__init__()
+        self.uncertainty = uncertainty
+        self.maps = SubPixel(inputs, classes, stride=stride, start=[0.0] * classes)
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """``semantic`` [B,C,H,W] logits; ``semantic_uncertainty`` [B,1,H,W] in [0, 1]."""
+        logits = self.maps(x)
+        answer = {"semantic": logits}
+        if self.uncertainty:
+            answer["semantic_uncertainty"] = 1 - logits.softmax(1).amax(1, keepdim=True)
+        return answer

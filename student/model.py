@@ -1,0 +1,164 @@
+"""The student: one image, one pass, every task asked for.
+
+image float [B,3,H,W] sRGB in [0, 1] -> normalise -> backbone -> decoder -> heads. The network is
+the same in training, in PyTorch and in the exported graph; mean and std are buffers in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student.backbone import Backbone, StudentError
+from student.decoder import Decoder
+from student.heads import DepthHead, NormalsHead, SemanticHead
+
+TASKS = ("depth", "normals", "semantic")
+
+
+def assumed_focal_px(height: int, width: int) -> float:
+    """Focal length of a 60 degree view across the longer side: the default canonical camera."""
+    return max(height, width) / 2 / math.tan(math.radians(60) / 2)
+
+
+def _class_table(classes: Mapping[Any, str] | None) -> dict[str, str]:
+    table = {int(k): str(v) for k, v in (classes or {}).items()}
+    return {str(k): table[k] for k in sorted(table)}
+
+
+class Student(nn.Module):
+    """A `timm` backbone with a light decoder and one head per task.
+
+    Args:
+        backbone: any `timm` model with ``features_only``.
+        tasks: any of ``depth``, ``normals``, ``semantic``; depth brings ``sky`` along.
+        height: fixed input height [px].
+        width: fixed input width [px].
+        canonical_focal_px: f_c of the canonical camera [px at this input size]; None means a
+            60 degree view across the longer side. D = depth * f / f_c for an image of focal f.
+        classes: class id -> name, needed for ``semantic``; logits are in order of the ids.
+        decoder_channels: channels at the decoder's output stride.
+        decoder_stride: 2 or 4; the heads' sub-pixels do the rest.
+        uncertainty: whether each task also predicts its uncertainty.
+        pretrained: start from `timm`'s weights of that name.
+        backbone_weights: or from a local .safetensors file.
+
+    Attributes:
+        config: plain JSON that rebuilds this very network: ``Student(**model.config)``.
+        class_ids: class id of every semantic logit channel.
+        provenance: plain JSON; filled by the trainer and `student.checkpoint`.
+
+    Raises:
+        StudentError: unknown backbone or task, impossible size.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "mobilenetv4_conv_small",
+        tasks: Sequence[str] = ("depth", "normals"),
+        height: int,
+        width: int,
+        canonical_focal_px: float | None = None,
+        classes: Mapping[Any, str] | None = None,
+        decoder_channels: int = 32,
+        decoder_stride: int = 2,
+        uncertainty: bool = True,
+        pretrained: bool = False,
+        backbone_weights: str = "",
+    ) -> None:
+        """Build the network; see the class for the arguments."""
+        super().__init__()
+        focal_px = canonical_focal_px or assumed_focal_px(height, width)
+        self.config: dict[str, Any] = {
+            "backbone": backbone,
+            "tasks": [t for t in TASKS if t in tasks],
+            "height": int(height),
+            "width": int(width),
+            "canonical_focal_px": float(focal_px),
+            "classes": _class_table(classes) if "semantic" in tasks else {},
+            "decoder_channels": int(decoder_channels),
+            "decoder_stride": int(decoder_stride),
+            "uncertainty": bool(uncertainty),
+        }
+        self._check(tasks)
+        self.tasks: tuple[str, ...] = tuple(self.config["tasks"])
+        self.canonical_focal_px = float(focal_px)
+        self.class_ids = [int(k) for k in self.config["classes"]]
+        self.provenance: dict[str, Any] = {}
+        self.backbone = Backbone(
+            backbone, height=height, width=width, pretrained=pretrained, weights=backbone_weights
+        )
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
+        self.mean: Tensor
+        self.std: Tensor
+        self.decoder = Decoder(
+            channels=self.backbone.channels,
+            strides=self.backbone.strides,
+            height=height,
+            width=width,
+            stride=decoder_stride,
+            base=decoder_channels,
+        )
+        self.heads = nn.ModuleDict({task: self._head(task) for task in self.tasks})
+
+    def _check(self, tasks: Sequence[str]) -> None:
+        unknown = sorted(set(tasks) - set(TASKS))
+        if unknown or not tasks:
+            raise StudentError(f"student tasks {list(tasks)}: expected some of {list(TASKS)}")
+        if "semantic" in tasks and len(self.config["classes"]) < 2:
+            raise StudentError(
+                "student task 'semantic' needs classes={id: name} with at least two entries, got "
+                f"{self.config['classes']}"
+            )
+        stride, base = self.config["decoder_stride"], self.config["decoder_channels"]
+        if stride not in (2, 4) or base < 8:
+            raise StudentError(
+                f"student decoder: stride must be 2 or 4 and channels at least 8, got stride="
+                f"{stride} channels={base}"
+            )
+        height, width = self.config["height"], self.config["width"]
+        if height % stride or width % stride:
+            raise StudentError(f"student size {height}x{width} must be a multiple of {stride}")
+        if not (math.isfinite(self.config["canonical_focal_px"])) or (
+            self.config["canonical_focal_px"] <= 0
+        ):
+            raise StudentError(
+                f"canonical_focal_px must be positive, got {self.config['canonical_focal_px']}"
+            )
+
+    def _head(self, task: str) -> nn.Module:
+        inputs, stride = self.config["decoder_channels"], self.config["decoder_stride"]
+        uncertainty = self.config["uncertainty"]
+        if task == "depth":
+            return DepthHead(inputs, stride=stride, uncertainty=uncertainty)
+        if task == "normals":
+            return NormalsHead(inputs, stride=stride, uncertainty=uncertainty)
+        return SemanticHead(
+            inputs, stride=stride, classes=len(self.class_ids), uncertainty=uncertainty
+        )
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Answer every task at the image's own resolution.
+
+        Args:
+            image: [B,3,H,W] sRGB in [0, 1], H and W as configured.
+
+        Returns:
+            ``depth`` [B,1,H,W] canonical metres, positive and finite; ``sky`` [B,1,H,W] logits;
+            ``depth_uncertainty`` [B,1,H,W] Laplace scale b of log depth; ``normals`` [B,3,H,W]
+            unit vectors; ``normals_uncertainty`` [B,1,H,W] expected angle in degrees; ``semantic``
+            [B,C,H,W] logits; ``semantic_uncertainty`` [B,1,H,W] 1 - p. Only what was asked for.
+        """
+        x = (image - self.mean) / self.std
+        features = self.backbone(x)
+        x = self.decoder(x, features)
+        answer: dict[str, Tensor] = {}
+        for head in self.heads.values():
+            answer.update(head(x))
+        return answer
