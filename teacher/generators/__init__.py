@@ -1,16 +1,19 @@
 """Teachers by name: one file per family, each answering in its own space.
 
-A user's own teacher is any class with the three members of `Teacher`.
+A user's own teacher is any class with the members of `Teacher`; it may add ``max_side``, the
+longer side in pixels up to which it can use an image (the label job then hands over no more).
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from teacher.errors import UsageError
 from teacher.label import Answer, Camera, Task
 
 
@@ -43,3 +46,32 @@ class Teacher(Protocol):
     def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
         """One dict per query, in order; every array has the query image's height and width."""
         ...
+
+
+# name -> (module, class); a user's own teacher is named as "package.module:Class"
+TEACHERS: dict[str, tuple[str, str]] = {
+    "truth": ("teacher.generators.folder", "TruthTeacher"),
+    "mini": ("teacher.generators.mini", "MiniTeacher"),
+}
+
+
+def load_teacher(*, name: str, **options: Any) -> Teacher:
+    """Build a teacher by name; ``options`` go to its constructor.
+
+    Raises `UsageError` for an unknown name, listing those there are.
+    """
+    module, _, cls = name.partition(":")
+    if name in TEACHERS:
+        module, cls = TEACHERS[name]
+    elif not cls:
+        raise UsageError(
+            f"teacher.name={name!r}: no such teacher; there are {sorted(TEACHERS)}, and your own "
+            "as 'package.module:Class'."
+        )
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if name in TEACHERS:
+            raise
+        raise UsageError(f"teacher.name={name!r}: cannot be imported ({error}).") from error
+    return found(**options)

@@ -1,0 +1,180 @@
+"""The `distill` command: one verb, Hydra overrides, one result line, honest exit codes.
+
+    distill VERB key=value ...      run a verb         distill VERB --help   its keys
+    distill VERB --multirun a=1,2   Hydra's sweeps     distill --help        all verbs
+
+Exit codes: 0 fine; 1 judged and found wanting; 2 bad use; 3 the environment failed; 4 our bug;
+130/143 interrupted, start again to resume.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# verb -> (module, function, what it does). The one place that names export's verbs.
+VERBS: dict[str, tuple[str, str, str]] = {
+    "demo": ("distill.demo", "demo", "the whole chain on synthetic scenes"),
+    "scenes": ("teacher.scenes", "make_scenes", "synthetic scenes with exact truth"),
+    "label": ("teacher.jobs.run", "label", "a teacher labels images"),
+    "inspect": ("teacher.report", "inspect", "HTML report of a label set"),
+    "tune": ("distill.tune.run", "tune", "instruction-tune a generator"),
+    "train": ("distill.train", "train", "train a student on label sets"),
+    "export": ("export.onnx_graph", "export_student", "student -> ONNX"),
+    "verify": ("export.verify", "verify", "judge artefacts against teacher and truth"),
+    "predict": ("export.predict", "predict", "answers on any images, with pictures"),
+}
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENODEV}
+EXTRAS = {"mitsuba": "scenes", "tensorrt": "tensorrt", "ray": "ray"}
+
+
+class Interrupted(BaseException):
+    """SIGTERM arrived; what was committed stays, the rest is redone by the same command."""
+
+    exit_code = 143
+
+
+def verb_function(verb: str) -> Callable[..., dict[str, Any]]:
+    """Import a verb's function; only that verb's house is loaded."""
+    module, function, _ = VERBS[verb]
+    return getattr(importlib.import_module(module), function)
+
+
+def configure(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The verb's YAML with overrides, as plain Python values."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    with initialize_config_module("conf", version_base="1.3"):
+        config = compose(verb, overrides=list(overrides))
+    missing = sorted(str(k) for k in OmegaConf.missing_keys(config))
+    if missing:
+        from teacher.errors import UsageError
+
+        raise UsageError(
+            f"distill {verb}: {', '.join(f'{k}=' for k in missing)} must be given; "
+            f"`distill {verb} --help` shows every key."
+        )
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def run_verb(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Configure and run one verb in this process; returns its result."""
+    return verb_function(verb)(**configure(verb, overrides))
+
+
+def sweep(verb: str, arguments: Sequence[str]) -> int:
+    """Hand a --multirun to Hydra; every job runs the verb with its own values."""
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+
+    def job(config: DictConfig) -> Any:
+        values: dict = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        result = verb_function(verb)(**values)
+        print(result["summary"])
+        return result.get("objective")
+
+    sys.argv = [f"distill {verb}", *arguments]
+    hydra.main(config_path="pkg://conf", config_name=verb, version_base="1.3")(job)()
+    return 0
+
+
+def usage() -> str:
+    """The text of `distill --help`."""
+    verbs = "\n".join(f"  {verb:10s} {text}" for verb, (_, _, text) in VERBS.items())
+    return f"{(__doc__ or '').strip()}\n\nVerbs:\n{verbs}"
+
+
+def verb_help(verb: str) -> str:
+    """A verb's first docstring lines and its configuration with defaults."""
+    from importlib.resources import files
+
+    text = (files("conf") / f"{verb}.yaml").read_text()
+    summary = VERBS[verb][2]
+    head = f"distill {verb} key=value ...: {summary}"
+    return f"{head}\n\nKeys and defaults (??? = must be given):\n{text}"
+
+
+def complain(verb: str, error: BaseException) -> int:
+    """Say what went wrong in one paragraph; returns the exit code."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        message = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, message = 130, "interrupted; the same command goes on where it stopped."
+    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        code, message = 3, f"{error.strerror}: {error.filename or ''}. Committed work is intact."
+    elif isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
+        code, message = 2, f"{error.strerror}: {error.filename}"
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
+        extra = EXTRAS[(error.name or "").split(".")[0]]
+        code, message = 3, f"{error.name} is not installed: pip install 'dense-distill[{extra}]'"
+    elif type(error).__module__.split(".")[0] in ("hydra", "omegaconf"):
+        code, message = 2, f"{_first_lines(error)}\n`distill {verb} --help` shows every key."
+    else:
+        traceback.print_exception(error)
+        code, message = (
+            4,
+            (
+                "this is our bug, not yours. Please report the lines above with the command "
+                f"`distill {' '.join(sys.argv[1:])}`; what was committed is intact."
+            ),
+        )
+    kept = [textwrap.fill(line, 100) if len(line) > 100 else line for line in message.splitlines()]
+    print(f"distill {verb}: " + "\n".join(kept), file=sys.stderr, flush=True)
+    return code
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause) not in str(error):
+        lines += [line for line in str(cause).splitlines() if line.strip()]
+    return "\n".join(lines[:8])
+
+
+def _raise_interrupted(*_: object) -> None:
+    raise Interrupted("terminated (SIGTERM); the same command goes on where it stopped.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        print(f"distill: no verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    if any(a in ("-h", "--help") for a in rest):
+        print(verb_help(verb))
+        return 0
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    try:
+        if any(a in ("-m", "--multirun") for a in rest):
+            return sweep(verb, rest)
+        result = run_verb(verb, rest)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        return complain(verb, error)
+    print(result["summary"], flush=True)
+    return int(result.get("exit", 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
