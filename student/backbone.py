@@ -117,7 +117,8 @@ class Backbone(nn.Module):
 
     @staticmethod
     def _coarsest_stride(name: str) -> int:
-        return max(timm.create_model(name, features_only=True).feature_info.reduction())
+        probe: Any = timm.create_model(name, features_only=True)
+        return max(probe.feature_info.reduction())
 
     @staticmethod
     def _check_size(name: str, height: int, width: int, stride: int) -> None:
