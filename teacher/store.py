@@ -166,11 +166,13 @@ class ShardWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        if not publish(self.temporary, self.final):
+        seal = seal_of(self.temporary, self.rows, plan_hash=self.plan_hash)
+        if not publish(self.temporary, self.final) and hash_file(self.final) != seal["sha256"]:
             # Another worker named its tar first (and may have been killed before sealing it).
             # That tar was whole and synced before it got its name: seal it, never replace it.
-            self.rows = adopt(self.final, self.rows)
-        seal = seal_of(self.final, self.rows, plan_hash=self.plan_hash) | {"run": run}
+            rows = adopt(self.final, self.rows)
+            seal = seal_of(self.final, rows, plan_hash=self.plan_hash)
+        seal |= {"run": run}
         return create_exclusive(self.final.with_suffix(".json"), canonical_json(seal) + b"\n")
 
     def abandon(self) -> None:

@@ -45,8 +45,9 @@ def prepare(entry: Entry, source: Source, *, max_side: int | None) -> Prepared:
     except ImageError as error:
         return Prepared(entry=entry, reason=str(error))
     known = source.camera(entry.uri)
-    full_camera = known if known is not None else picture.camera
-    image, camera = bounded(picture.image, full_camera, max_side)
+    image, camera = picture.image, known if known is not None else picture.camera
+    if max_side is not None:
+        image, camera = bounded(image, camera, max_side=max_side)
     query = Query(key=entry.key, image=image, camera=camera, uri=entry.uri)
     untouched = picture.plain and image.shape == picture.image.shape
     suffix = "png" if data.startswith(b"\x89PNG") else "jpg" if data.startswith(b"\xff\xd8") else ""
