@@ -1,0 +1,255 @@
+"""Label jobs: every input ends in one state, a killed job goes on, bad use is explained."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_label
+from PIL import Image
+
+from teacher.errors import UsageError
+from teacher.generators import load_teacher
+from teacher.jobs.run import label
+from teacher.label import Answer, Space, Task
+from teacher.store import LabelSet, read_rows
+
+
+class PlaneTeacher:
+    """A user's own teacher: says that everything is `depth_m` away, dark images have no answer."""
+
+    tasks = (Task.DEPTH, Task.NORMALS)
+
+    def __init__(
+        self, *, depth_m: float = 2.0, space: str = "metric", pause_s: float = 0.0
+    ) -> None:
+        self.depth_m, self.space, self.pause_s = depth_m, Space(space), pause_s
+
+    def describe(self):
+        return {"name": "plane", "depth_m": self.depth_m}
+
+    def answer(self, queries, tasks):
+        time.sleep(self.pause_s * len(queries))
+        answers = []
+        for query in queries:
+            size = query.image.shape[:2]
+            depth_m = np.full(size, self.depth_m if query.image.mean() > 5 else np.nan, np.float32)
+            normals = np.zeros((*size, 3), np.float32)
+            normals[..., 2] = 1
+            both = {
+                Task.DEPTH: Answer(task=Task.DEPTH, space=self.space, values=depth_m),
+                Task.NORMALS: Answer(task=Task.NORMALS, space=Space.UNIT_NORMALS, values=normals),
+            }
+            answers.append({task: both[task] for task in tasks})
+        return answers
+
+
+def write_photos(folder: Path, n: int = 7) -> Path:
+    """Folder with n good photos in odd places, a duplicate, a liar, a dark one and a readme."""
+    (folder / "sub" / "deep").mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    for i in range(n):
+        size = (20 + 7 * i, 60 - 5 * i)
+        photo = Image.fromarray(rng.integers(40, 255, (*size, 3), dtype=np.uint8))
+        name = [f"{i}.jpg", f"sub/{i}.PNG", f"sub/deep/{i}.webp"][i % 3]
+        photo.save(folder / name)
+    shutil.copy(folder / "0.jpg", folder / "zz-copy.jpg")
+    (folder / "page.jpg").write_text("<html>not found</html>")
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(folder / "dark.png")
+    (folder / "README.md").write_text("notes")
+    return folder
+
+
+def run(folder, out, **changes):
+    options = {
+        "teacher": {"name": "test_jobs:PlaneTeacher"},
+        "images": str(folder),
+        "out": str(out),
+        "tasks": ["depth", "normals"],
+        "max_side": 40,
+        "shard_size": 4,
+        "batch_size": 3,
+        "keep_pictures": True,
+        "threads": 2,
+    }
+    return label(**(options | changes))
+
+
+def test_every_input_ends_in_exactly_one_state(tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    result = run(photos, tmp_path / "set")
+    assert (result["labelled"], result["rejected"], result["duplicates"]) == (7, 2, 1)
+    rows = {row["uri"]: row for row in read_rows(tmp_path / "set")}
+    assert len(rows) == 10
+    assert rows["page.jpg"]["state"] == "rejected"
+    assert "HTML" in rows["page.jpg"]["reason"] or "html" in rows["page.jpg"]["reason"]
+    assert rows["dark.png"]["reason"] == "the teacher's depth has no known pixel"
+    assert rows["zz-copy.jpg"]["state"] == "duplicate_of"
+    assert rows["zz-copy.jpg"]["reason"] == rows["0.jpg"]["key"]
+    stored = LabelSet(tmp_path / "set")
+    assert stored.verify() == 7
+    for one in stored:
+        assert max(one.image.shape) <= 40
+        np.testing.assert_allclose(one.values[Task.DEPTH], 2.0, rtol=1e-4)
+        assert one.camera.source == "assumed"
+    assert json.loads((tmp_path / "set" / "run.json").read_text())["labelled"] == 7
+
+
+def test_the_original_file_is_kept_where_a_plain_decoder_sees_the_same(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+    small.save(photos / "plain.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    small.save(photos / "turned.jpg", exif=exif)
+    run(photos, tmp_path / "set")
+    stored = LabelSet(tmp_path / "set")
+    by_uri = {row["uri"]: row["key"] for row in stored.rows}
+    plain = stored.members(by_uri["plain.jpg"])
+    assert plain["jpg"] == (photos / "plain.jpg").read_bytes()
+    turned = stored.members(by_uri["turned.jpg"])
+    assert "jpg" not in turned
+    assert stored[by_uri["turned.jpg"]].image.shape == (32, 24, 3)
+
+
+def test_the_same_job_again_changes_nothing_and_another_job_is_refused(tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    run(photos, tmp_path / "set")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("shard*")}
+    again = run(photos, tmp_path / "set")
+    assert again["shards_done_before"] == 3
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("shard*")} == before
+    with pytest.raises(UsageError, match=r"another job's label set .*teacher"):
+        run(photos, tmp_path / "set", teacher={"name": "test_jobs:PlaneTeacher", "depth_m": 3.0})
+    (photos / "sub" / "new.png").write_bytes((photos / "dark.png").read_bytes())
+    with pytest.raises(UsageError, match=r"another job's label set .*inputs"):
+        run(photos, tmp_path / "set")
+
+
+def test_moving_the_photos_keeps_the_plan(tmp_path):
+    run(write_photos(tmp_path / "photos"), tmp_path / "a")
+    shutil.move(tmp_path / "photos", tmp_path / "elsewhere")
+    run(tmp_path / "elsewhere", tmp_path / "b")
+    for tar in (tmp_path / "a").glob("*.tar"):
+        assert tar.read_bytes() == (tmp_path / "b" / tar.name).read_bytes()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_job_started_again_gives_the_bytes_of_an_uninterrupted_one(tmp_path, sign):
+    photos = write_photos(tmp_path / "photos", n=10)
+    command = [sys.executable, "-m", "distill.cli", "label", "teacher=own"]
+    command += ["teacher.name=test_jobs:PlaneTeacher", "+teacher.pause_s=0.15"]
+    command += [f"images={photos}", f"out={tmp_path / 'set'}", "shard_size=2", "batch_size=1"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "set" / "shard-000001.json").exists():
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
+        time.sleep(0.01)
+    job.send_signal(sign)
+    errors = job.communicate(timeout=60)[1]
+    expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sign]
+    assert job.returncode == expected, errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "set" / "index.parquet").exists()
+    if sign != signal.SIGKILL:
+        assert not list((tmp_path / "set").glob(".*"))
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [*command, f"out={tmp_path / 'whole'}"], env=environment, check=True, capture_output=True
+    )
+    names = sorted(p.name for p in (tmp_path / "whole").glob("*.tar"))
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert LabelSet(tmp_path / "set").verify() == LabelSet(tmp_path / "whole").verify() == 10
+
+
+class MortalTeacher(PlaneTeacher):
+    """Dies after five images, once."""
+
+    left = 5
+
+    def answer(self, queries, tasks):
+        type(self).left -= len(queries)
+        if type(self).left < 0:
+            type(self).left = 10**9
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return super().answer(queries, tasks)
+
+
+def test_a_dying_teacher_leaves_only_whole_shards(tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(photos, tmp_path / "set", teacher={"name": "test_jobs:MortalTeacher"})
+    names = sorted(p.name for p in (tmp_path / "set").iterdir())
+    assert names == ["dataset.json", "shard-000000.json", "shard-000000.tar"]
+    run(photos, tmp_path / "set", teacher={"name": "test_jobs:MortalTeacher"})
+    assert LabelSet(tmp_path / "set").verify() == 7
+
+
+def test_truth_answers_only_for_images_it_knows(tmp_path, balls):
+    result = run(
+        balls, tmp_path / "set", teacher={"name": "truth", "labels": str(balls)}, max_side=None
+    )
+    assert result["labelled"] == 10
+    copied, truth = LabelSet(tmp_path / "set"), LabelSet(balls)
+    assert set(copied.keys) == set(truth.keys)
+    for one in copied:
+        np.testing.assert_array_equal(one.values[Task.DEPTH], truth[one.key].values[Task.DEPTH])
+        assert one.camera == truth[one.key].camera
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    Image.fromarray(make_label(999).image).save(strange / "a.png")
+    result = run(strange, tmp_path / "none", teacher={"name": "truth", "labels": str(balls)})
+    assert (result["labelled"], result["rejected"], result["exit"]) == (0, 1, 1)
+
+
+def test_affine_answers_are_never_stored_as_metres(tmp_path):
+    photos = write_photos(tmp_path / "photos", n=1)
+    with pytest.raises(UsageError, match="affine disparity.*metric anchor"):
+        run(
+            photos,
+            tmp_path / "set",
+            teacher={"name": "test_jobs:PlaneTeacher", "space": "affine disparity"},
+        )
+    assert not list((tmp_path / "set").glob("*shard*"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nowhere", "no such file or folder"),
+        (lambda p: (p / "empty").mkdir() or p / "empty", "nothing, it is empty"),
+        (lambda p: write_text(p / "texts" / "a.txt") or p / "texts", r"1 x \.txt"),
+        (lambda p: write_text(p / "list.txt"), "1 of its lines name no file"),
+        (lambda p: p / "*.jpg", "matches no file"),
+    ],
+)
+def test_sources_that_hold_no_image(tmp_path, make, message):
+    with pytest.raises(UsageError, match=message):
+        run(make(tmp_path), tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def write_text(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("missing.jpg\n")
+    return path if path.name == "list.txt" else None
+
+
+def test_unknown_teacher_and_task(tmp_path, balls):
+    with pytest.raises(UsageError, match=r"no such teacher; there are \['mini', 'truth'\]"):
+        load_teacher(name="oracle")
+    with pytest.raises(UsageError, match=r"cannot be imported"):
+        load_teacher(name="no_such_module:Teacher")
+    with pytest.raises(UsageError, match=r"tasks=\['flow'\]: this teacher answers"):
+        run(balls, tmp_path / "set", tasks=["flow"])
