@@ -215,7 +215,7 @@ def test_truth_answers_only_for_images_it_knows(tmp_path, balls):
 
 def test_affine_answers_are_never_stored_as_metres(tmp_path):
     photos = write_photos(tmp_path / "photos", n=1)
-    with pytest.raises(UsageError, match="affine disparity.*metric anchor"):
+    with pytest.raises(UsageError, match=r"affine disparity.*metric anchor"):
         run(
             photos,
             tmp_path / "set",
