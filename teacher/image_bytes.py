@@ -72,23 +72,35 @@ JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def _jpeg_scan_ends(data: bytes) -> list[int]:
-    """Offsets just after each scan's entropy code; refuses a file without an end marker."""
+    """Offsets just after each scan's entropy code.
+
+    Refuses a file without an end marker, and a progressive one (SOF2, T.81 annex G) whose scans
+    do not bring every coefficient of every component down to its last bit.
+    """
     position = 2
     scan_ends: list[int] = []
+    unsent: dict[tuple[int, int], int] = {}  # (component, coefficient) -> low bits still to come
     while found := JPEG_MARKER.search(data, position):
-        code, start = data[found.start() + 1], found.start()
+        start, code = found.start(), data[found.start() + 1]
         if code == 0xD9:
+            if any(unsent.values()):
+                raise ImageError("truncated jpeg image: the last progressive scans are missing")
             return scan_ends
         position = start + 2
         if code in (0x01, 0xD8):  # markers without a segment
             continue
-        if position + 2 > len(data):
-            break
-        position += int.from_bytes(data[position : position + 2], "big")
+        body = data[position + 2 : position + int.from_bytes(data[position : position + 2], "big")]
+        position += 2 + len(body)
+        if code == 0xC2:
+            unsent = {(c, k): 13 for c in body[6 : 6 + 3 * body[5] : 3] for k in range(64)}
         if code == 0xDA:
             end = JPEG_MARKER.search(data, position)
             if end is None:
                 break
+            if unsent:
+                first, last, bits = body[-3:]
+                sent = [(c, k) for c in body[1:-3:2] for k in range(first, last + 1)]
+                unsent.update(dict.fromkeys(sent, bits & 15))
             position = end.start()
             scan_ends.append(position)
     raise ImageError(f"truncated jpeg image: no end marker in {len(data)} bytes")

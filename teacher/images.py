@@ -93,7 +93,7 @@ def read(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
         _check_content(source, data, kind)
         source.load()
         if kind == "jpeg":
-            _check_last_block(source, data, scan_ends)
+            _check_entropy(source, data, scan_ends)
         exif = read_exif(source)
         base, alpha = _planes(source, kind)
         rgb, managed = _to_srgb(base, source.info.get("icc_profile"))
@@ -115,14 +115,16 @@ def read(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
     )
 
 
-def _check_last_block(source: Image.Image, data: bytes, scan_ends: list[int]) -> None:
+def _check_entropy(source: Image.Image, data: bytes, scan_ends: list[int]) -> None:
     """Refuse a JPEG whose entropy code ends early although an end marker follows.
 
-    libjpeg fills missing blocks with mid-grey in silence. So where the last pixel is mid-grey,
-    decode again with other bytes before each scan's end: a whole scan never looks at them.
+    libjpeg fills missing blocks with mid-grey, and missing refinements with nothing, in silence.
+    So where the last pixel is mid-grey, or the file is progressive, decode it again with other
+    bytes appended to each scan: a whole scan never looks at them.
     """
     last = source.getpixel((source.width - 1, source.height - 1))
-    if not set(last if isinstance(last, tuple) else (last,)) <= {127, 128}:
+    grey = set(last if isinstance(last, tuple) else (last,)) <= {127, 128}
+    if not grey and not source.info.get("progressive"):
         return
     pieces: list[bytes] = []
     start = 0
@@ -136,7 +138,7 @@ def _check_last_block(source: Image.Image, data: bytes, scan_ends: list[int]) ->
     except OSError:
         same = False
     if not same:
-        raise ImageError("truncated jpeg image: the last rows are missing")
+        raise ImageError("truncated jpeg image: a scan ends before its last block")
 
 
 def _heif(stream: io.BytesIO) -> Image.Image:
