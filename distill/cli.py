@@ -9,6 +9,8 @@ Exit codes: 0 fine; 1 judged and found wanting; 2 bad use; 3 the environment fai
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import errno
 import importlib
 import os
@@ -17,6 +19,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from typing import Any
 
 # verb -> (module, function, what it does). The one place that names export's verbs.
@@ -50,19 +53,47 @@ def verb_function(verb: str) -> Callable[..., dict[str, Any]]:
 def configure(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The verb's YAML with overrides, as plain Python values."""
     from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     with initialize_config_module("conf", version_base="1.3"):
-        config = compose(verb, overrides=list(overrides))
+        try:
+            config = compose(verb, overrides=list(overrides))
+        except HydraException as error:
+            chosen = [o for o in overrides if (files("conf") / o.partition("=")[0]).is_dir()]
+            with contextlib.suppress(HydraException):
+                raise_for_unknown_key(compose(verb, overrides=chosen), overrides)
+            raise error
     missing = sorted(str(k) for k in OmegaConf.missing_keys(config))
     if missing:
         from teacher.errors import UsageError
 
         raise UsageError(
-            f"distill {verb}: {', '.join(f'{k}=' for k in missing)} must be given; "
+            f"{', '.join(f'{k}=' for k in missing)} must be given; "
             f"`distill {verb} --help` shows every key."
         )
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def raise_for_unknown_key(defaults: Any, overrides: Sequence[str]) -> None:
+    """Name a mistyped key with the one that was probably meant; other mistakes are Hydra's."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from teacher.errors import UsageError
+
+    for key in (o.partition("=")[0] for o in overrides if o[:1] not in "+~" and "@" not in o):
+        node, walked = defaults, ""
+        for part in key.split("."):
+            if not isinstance(node, DictConfig) or part in node:
+                node = node.get(part) if isinstance(node, DictConfig) else None
+                walked = f"{walked}{part}."
+                continue
+            names = [str(k) for k in OmegaConf.to_container(node)]  # type: ignore[union-attr]
+            near = difflib.get_close_matches(part, names, 1)
+            hint = f"did you mean {walked}{near[0]}=? " if near else ""
+            raise UsageError(
+                f"{key}=: there is no such key; {hint}Keys here: {', '.join(sorted(names))}."
+            )
 
 
 def run_verb(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -94,8 +125,6 @@ def usage() -> str:
 
 def verb_help(verb: str) -> str:
     """A verb's first docstring lines and its configuration with defaults."""
-    from importlib.resources import files
-
     text = (files("conf") / f"{verb}.yaml").read_text()
     summary = VERBS[verb][2]
     head = f"distill {verb} key=value ...: {summary}"
@@ -133,7 +162,8 @@ def complain(verb: str, error: BaseException) -> int:
 
 
 def _first_lines(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = str(error).partition("Config search path")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__
     if cause is not None and str(cause) not in str(error):
         lines += [line for line in str(cause).splitlines() if line.strip()]
@@ -154,8 +184,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if verb not in VERBS:
-        import difflib
-
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
         print(f"distill: no verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.", file=sys.stderr)

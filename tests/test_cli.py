@@ -1,0 +1,94 @@
+"""The command: exit codes, one paragraph for each kind of bad use, no traceback for users."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from distill import cli
+from teacher.errors import EnvironmentFailure, UsageError
+
+
+def said(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_help_lists_every_verb_and_its_keys(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {verb} " in text for verb in cli.VERBS)
+    for verb in cli.VERBS:
+        assert cli.main([verb, "--help"]) == 0
+        assert verb in capsys.readouterr().out
+
+
+def test_an_unknown_verb_is_answered_with_the_near_one(capsys):
+    assert cli.main(["lable"]) == 2
+    assert "Did you mean `label`?" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["label", "images=x", "out=y", "bach_size=3"], "bach_size"),
+        (["label", "images=x", "out=y", "teacher.nmae=3"], "nmae"),
+        (["label", "images=x", "out=y", "teacher=oracle"], "oracle"),
+        (["label", "images=x"], "out= must be given"),
+        (["label", "images=nowhere", "out=y", "teacher=own", "teacher.name=nobody"], "nowhere"),
+    ],
+)
+def test_bad_use_is_exit_2_with_one_paragraph(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    text = said(capsys)
+    assert message in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_group_choice_lists_the_choices(capsys, tmp_path):
+    cli.main(["label", "images=x", f"out={tmp_path}/y", "teacher=oracle"])
+    text = said(capsys)
+    assert "mini" in text and "truth" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UsageError("images=x: none"), 2, "images=x: none"),
+        (EnvironmentFailure("no device"), 3, "no device"),
+        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 3, "No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system", "/d/x"), 3, "Read-only file system"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/d/x"), 2, "/d/x"),
+        (ModuleNotFoundError("x", name="mitsuba"), 3, "pip install 'dense-distill[scenes]'"),
+        (KeyboardInterrupt(), 130, "goes on where it stopped"),
+        (cli.Interrupted("terminated"), 143, "terminated"),
+        (ZeroDivisionError("x / 0"), 4, "this is our bug"),
+    ],
+)
+def test_exit_codes(capsys, monkeypatch, error, code, message):
+    def fails(verb, overrides):
+        raise error
+
+    monkeypatch.setattr(cli, "run_verb", fails)
+    assert cli.main(["label"]) == code
+    captured = capsys.readouterr().err
+    assert message in " ".join(captured.split())
+    assert ("Traceback" in captured) == (code == 4)
+
+
+def test_a_verdict_below_budget_is_exit_1(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run_verb", lambda *_: {"summary": "refused", "exit": 1})
+    assert cli.main(["verify"]) == 1
+    assert capsys.readouterr().out == "refused\n"
+
+
+def test_the_installed_command_finds_its_configuration(tmp_path):
+    """From another folder, as a user would: Hydra's conf travels with the package."""
+    command = [sys.executable, "-m", "distill.cli", "label", "out=x", "images=nowhere"]
+    command += ["teacher=own", "teacher.name=x:Y"]
+    seen = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert seen.returncode == 2
+    assert "images=nowhere" in seen.stderr
+    assert not list(tmp_path.iterdir())
