@@ -77,23 +77,22 @@ def configure(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 def raise_for_unknown_key(defaults: Any, overrides: Sequence[str]) -> None:
     """Name a mistyped key with the one that was probably meant; other mistakes are Hydra's."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
     from teacher.errors import UsageError
 
     for key in (o.partition("=")[0] for o in overrides if o[:1] not in "+~" and "@" not in o):
-        node, walked = defaults, ""
-        for part in key.split("."):
-            if not isinstance(node, DictConfig) or part in node:
-                node = node.get(part) if isinstance(node, DictConfig) else None
-                walked = f"{walked}{part}."
-                continue
-            names = [str(k) for k in OmegaConf.to_container(node)]  # type: ignore[union-attr]
-            near = difflib.get_close_matches(part, names, 1)
-            hint = f"did you mean {walked}{near[0]}=? " if near else ""
-            raise UsageError(
-                f"{key}=: there is no such key; {hint}Keys here: {', '.join(sorted(names))}."
-            )
+        node: Any = OmegaConf.to_container(defaults)
+        parts = key.split(".")
+        for depth, part in enumerate(parts):
+            if isinstance(node, dict) and part not in node:
+                near = difflib.get_close_matches(part, [str(k) for k in node], 1)
+                meant = ".".join([*parts[:depth], *near, *parts[depth + 1 :]])
+                raise UsageError(
+                    f"{key}=: there is no such key; {f'did you mean {meant}=? ' if near else ''}"
+                    f"Keys here: {', '.join(sorted(map(str, node)))}."
+                )
+            node = node.get(part) if isinstance(node, dict) else None
 
 
 def run_verb(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
