@@ -1,0 +1,178 @@
+"""Run, then judge: this half runs. Every artefact answers the same images; the answers are files.
+
+    answers/inputs/KEY.npz     image uint8 [H,W,3] as the artefacts saw it, focal_px
+    answers/NAME/KEY.npz       one array per output, without N, as `export.artefact` says
+    answers/NAME/run.json      what ran, how, and how consistent it is with itself
+
+so that judging can be repeated, or done elsewhere, without running anything.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from export.artefact import ArtefactError, Card, plain
+from export.letterbox import Letterbox
+from export.parity import margin, worst_gap
+from export.runtimes import Answers, Runtime, open_runtime
+from teacher.errors import UsageError
+from teacher.jobs.commit import replace_atomically
+from teacher.store import LabelSet, hash_file
+
+INPUTS, RUN = "inputs", "run.json"
+BATCHES = (1, 2, 3, 5)  # besides the main one: small, odd, and not a multiple of any tile
+
+
+def save_inputs(labels: LabelSet, keys: Sequence[str], card: Card, folder: Path) -> None:
+    """Letterbox the images once, with the focal length that each then has."""
+    target = folder / INPUTS
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for key in tqdm(keys, desc="images", unit="img", disable=None, leave=False):
+        label = labels[key]
+        box = Letterbox.fit(label.image.shape[:2], (card.height, card.width))
+        focal_px = np.float32(label.camera.fx * box.factor)
+        np.savez(target / f"{key}.npz", image=box.apply(label.image), focal_px=focal_px)
+
+
+def load(folder: Path, name: str, key: str) -> Answers:
+    """One image's saved arrays; `UsageError` if they are not there."""
+    path = folder / name / f"{key}.npz"
+    if not path.is_file():
+        raise UsageError(f"{path}: no saved answer; run `distill verify` with rerun=true once.")
+    with np.load(path, allow_pickle=False) as file:
+        return {k: file[k] for k in file.files}
+
+
+def batches(
+    folder: Path, keys: Sequence[str], size: int
+) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:
+    """(keys, images, focal lengths) in groups of ``size`` from the saved inputs."""
+    for start in range(0, len(keys), size):
+        part = keys[start : start + size]
+        items = [load(folder, INPUTS, key) for key in part]
+        yield (
+            part,
+            np.stack([i["image"] for i in items]),
+            np.array([i["focal_px"] for i in items], np.float32),
+        )
+
+
+def run_artefact(
+    path: Path, keys: Sequence[str], folder: Path, *, batch: int, provider: str, threads: int | None
+) -> dict[str, Any]:
+    """Answer the saved inputs with one artefact; returns what ``run.json`` then holds.
+
+    A file that cannot be opened or run is a result too: ``error`` says what happened.
+    """
+    name = path.name
+    target = folder / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    facts: dict[str, Any] = {"file": name, "sha256": hash_file(path), "batch": batch}
+    facts["keys"] = list(keys)
+    try:
+        with open_runtime(path, provider=provider, threads=threads) as runtime:
+            card = runtime.card
+            facts["precision"] = card.precision
+            facts["outputs"] = [o for o in card.outputs if o != "semantic_logits"]
+            facts["student_sha256"] = card.student_sha256
+            facts["size"] = [card.height, card.width]
+            _check_size(path, card, folder, keys)
+            facts["batch"] = card.batch or batch
+            begun = time.perf_counter()
+            for part, images, focal_px in tqdm(
+                list(batches(folder, keys, batch)), desc=name, unit="batch", disable=None
+            ):
+                answers = runtime(images, focal_px)
+                _save(target, part, answers)
+            facts["wall_s"] = round(time.perf_counter() - begun, 3)
+            facts["runtime"] = runtime.facts
+            facts["consistency"] = consistency(runtime, keys, folder, batch=batch)
+            facts["dark"] = _save_dark(runtime, keys, folder, target)
+    except ArtefactError as error:
+        facts["error"] = str(error)
+    replace_atomically(target / RUN, json.dumps(plain(facts), indent=1).encode() + b"\n")
+    return facts
+
+
+def _check_size(path: Path, card: Card, folder: Path, keys: Sequence[str]) -> None:
+    found = load(folder, INPUTS, keys[0])["image"].shape[:2]
+    if found != (card.height, card.width):
+        raise ArtefactError(
+            f"{path}: made for {card.height}x{card.width} images, the student for "
+            f"{found[0]}x{found[1]}; it is another student's."
+        )
+
+
+def _save(target: Path, keys: Sequence[str], answers: Answers) -> None:
+    extra = {}
+    if "semantic_logits" in answers:
+        extra["semantic_margin"] = margin(answers.pop("semantic_logits"))
+    for i, key in enumerate(keys):
+        np.savez(target / f"{key}.npz", **{n: a[i] for n, a in (answers | extra).items()})
+
+
+def dark_images(folder: Path, keys: Sequence[str]) -> np.ndarray:
+    """What cameras also see: a covered lens, a blown-out frame, and a real scene at night."""
+    real = load(folder, INPUTS, keys[0])["image"]
+    return np.stack([np.zeros_like(real), np.full_like(real, 255), (real * 0.1).astype(np.uint8)])
+
+
+DARK_KEYS = ("covered-lens", "blown-out", "night")
+
+
+def _save_dark(runtime: Runtime, keys: Sequence[str], folder: Path, target: Path) -> list[str]:
+    _save(target, DARK_KEYS, runtime(dark_images(folder, keys)))
+    return list(DARK_KEYS)
+
+
+def consistency(
+    runtime: Runtime, keys: Sequence[str], folder: Path, *, batch: int
+) -> dict[str, dict[str, float]]:
+    """How far the artefact contradicts itself, per output: the largest gap of each question.
+
+    ``repeat`` the same batch twice; ``permuted`` the rows in reverse; ``identical_rows`` one image
+    in every row; ``other_batch`` the same images in batches of other sizes. No reference is needed.
+    """
+    most = max(batch, *BATCHES)
+    chosen = [keys[i % len(keys)] for i in range(most)]
+    _, images, focal_px = next(batches(folder, chosen, most))
+    first = runtime(images[:batch], focal_px[:batch])
+    other: dict[str, list[tuple[Answers, Answers]]] = {
+        "repeat": [(runtime(images[:batch], focal_px[:batch]), first)],
+        "permuted": [
+            (
+                _rows(runtime(images[:batch][::-1], focal_px[:batch][::-1]), slice(None, None, -1)),
+                first,
+            )
+        ],
+    }
+    same = runtime(np.repeat(images[:1], batch, 0), np.repeat(focal_px[:1], batch))
+    other["identical_rows"] = [(same, {n: np.repeat(a[:1], batch, 0) for n, a in same.items()})]
+    whole = runtime(images, focal_px)
+    sizes = [n for n in BATCHES if n != batch] if runtime.card.batch is None else []
+    other["other_batch"] = [
+        (runtime(images[:n], focal_px[:n]), _rows(whole, slice(0, n))) for n in sizes
+    ]
+    other["other_batch"].append((first, _rows(whole, slice(0, batch))))
+    return {
+        name: {
+            question: max(worst_gap(name, a[name], b[name]) for a, b in pairs)
+            for question, pairs in other.items()
+        }
+        for name in runtime.card.outputs
+        if name != "semantic_logits"
+    }
+
+
+def _rows(answers: Answers, which: slice) -> Answers:
+    return {name: array[which] for name, array in answers.items()}

@@ -1,0 +1,160 @@
+"""What a delivered artefact promises: its inputs, outputs, units, and the card that it carries.
+
+Reader and writer of the card stand here side by side. The card is a flat table of strings (each
+one JSON) in the ONNX file's ``metadata_props``; it is data and is never instantiated. Inputs:
+``image`` uint8 [N, H, W, 3] sRGB and, if ``focal_input``, ``focal_px`` float32 [N]: the camera's
+focal length in pixels of that H x W image. Needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from teacher.errors import UsageError
+
+FORMAT, VERSION = "dense-distill/artefact", 1
+PREFIX = "dense_distill."
+FRAME = "camera frame: x right, y up, z toward the viewer; a wall facing the camera is (0, 0, 1)"
+MIN_DEPTH_M, MAX_DEPTH_M = 1e-3, 1e5  # the graph's own clip: what comes out is always finite
+MAX_PIXELS = 1 << 26  # an artefact that claims a larger image is refused
+
+
+class ArtefactError(UsageError):
+    """A file that is not an artefact of ours, or not a whole one; the text says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One output of the graph: element type, shape in the symbols N, C, H, W, and unit."""
+
+    dtype: str
+    shape: tuple[str | int, ...]
+    unit: str
+
+
+_MAP = ("N", "H", "W")
+OUTPUTS: dict[str, Output] = {
+    "depth": Output(dtype="float32", shape=_MAP, unit="metres to the camera plane, finite"),
+    "sky": Output(dtype="float32", shape=_MAP, unit="probability"),
+    "normals": Output(dtype="float32", shape=("N", 3, "H", "W"), unit=f"unit vector; {FRAME}"),
+    "semantic": Output(dtype="int32", shape=_MAP, unit="class id"),
+    "depth_uncertainty": Output(dtype="float32", shape=_MAP, unit="Laplace scale of log depth"),
+    "normals_uncertainty": Output(dtype="float32", shape=_MAP, unit="expected angle, degrees"),
+    "semantic_uncertainty": Output(dtype="float32", shape=_MAP, unit="1 - p"),
+}
+OPTIONAL = {
+    "semantic_logits": Output(dtype="float32", shape=("N", "C", "H", "W"), unit="logit per class")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The facts an artefact carries.
+
+    Attributes:
+        height, width: the fixed image size [px].
+        batch: the fixed N, or None when N is free.
+        focal_input: whether ``focal_px`` is an input; if not, `focal_px` is baked in.
+        focal_px: the recorded camera's focal length at H x W, used where none is given.
+        canonical_focal_px: f_c, the focal length at which the student's depth is metric.
+        outputs: names in order, keys of `OUTPUTS` or `OPTIONAL`.
+        classes: class id -> name, for ``semantic``.
+        precision: ``fp32``, ...
+        licences: plain text, one entry per ancestor.
+        provenance: plain JSON of the student's checkpoint.
+        student_sha256: of the ``student.safetensors`` it was made from.
+    """
+
+    height: int
+    width: int
+    batch: int | None
+    focal_input: bool
+    focal_px: float
+    canonical_focal_px: float
+    outputs: tuple[str, ...]
+    classes: dict[int, str] = field(default_factory=dict)
+    precision: str = "fp32"
+    licences: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+    student_sha256: str = ""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The label tasks among the outputs, in the contract's order."""
+        return tuple(t for t in ("depth", "normals", "semantic") if t in self.outputs)
+
+
+def describe_output(name: str) -> Output:
+    """The contract of one output, or an `ArtefactError` that lists the known names."""
+    known = OUTPUTS | OPTIONAL
+    if name not in known:
+        raise ArtefactError(f"output {name!r}: unknown; the contract has {', '.join(known)}.")
+    return known[name]
+
+
+def card_to_metadata(card: Card) -> dict[str, str]:
+    """The card as the string table that goes into the file."""
+    table: dict[str, Any] = asdict(card)
+    table["classes"] = {str(k): v for k, v in card.classes.items()}
+    table["outputs"] = {name: asdict(describe_output(name)) for name in card.outputs}
+    table |= {"format": FORMAT, "version": VERSION, "frame": FRAME}
+    table["input"] = "image: uint8 [N,H,W,3] sRGB, upright; normalisation is inside the graph"
+    return {PREFIX + k: json.dumps(v, sort_keys=k != "outputs") for k, v in sorted(table.items())}
+
+
+def card_from_metadata(metadata: Mapping[str, str], *, where: str) -> Card:
+    """The inverse of `card_to_metadata`; raises `ArtefactError` naming ``where``."""
+    if PREFIX + "format" not in metadata:
+        raise ArtefactError(
+            f"{where}: not an artefact made by `distill export` (its metadata has no "
+            f"{PREFIX}format). Only those can be run here; export the student again."
+        )
+    try:
+        table = {k.removeprefix(PREFIX): json.loads(v) for k, v in metadata.items() if PREFIX in k}
+        version = int(table["version"])
+        names = {f.name for f in fields(Card)}
+        found = {k: v for k, v in table.items() if k in names}
+        found["outputs"] = tuple(found["outputs"])
+        found["licences"] = tuple(found["licences"])
+        found["classes"] = {int(k): str(v) for k, v in found["classes"].items()}
+        card = Card(**found)
+        _check(card)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{where}: its metadata is damaged: {error}.") from error
+    if version > VERSION:
+        raise ArtefactError(
+            f"{where}: artefact format version {version}; this program reads up to {VERSION}. "
+            "Update the program."
+        )
+    return card
+
+
+def _check(card: Card) -> None:
+    for name in card.outputs:
+        describe_output(name)
+    if not (card.height >= 1 and card.width >= 1 and card.height * card.width <= MAX_PIXELS):
+        raise ValueError(f"image size {card.height}x{card.width}")
+    if not (card.focal_px > 0 and card.canonical_focal_px > 0):
+        raise ValueError(f"focal lengths {card.focal_px}, {card.canonical_focal_px}")
+
+
+def expected_shape(name: str, card: Card, batch: int) -> tuple[int, ...]:
+    """The shape of output ``name`` for ``batch`` images."""
+    size = {"N": batch, "H": card.height, "W": card.width, "C": len(card.classes)}
+    shape: Sequence[str | int] = describe_output(name).shape
+    return tuple(size[s] if isinstance(s, str) else s for s in shape)
+
+
+def plain(value: Any) -> Any:
+    """Only what strict JSON holds: tuples become lists, a number that is not finite null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

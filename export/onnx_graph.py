@@ -1,0 +1,263 @@
+"""`distill export`: a student's checkpoint to ONNX, the artefact that `export.artefact` describes.
+
+Current torch exporter (``dynamo``), portable opset 18, fixed H x W, fixed or free N. The network
+that is exported is the student itself inside `Delivered`, which adds the two ends: uint8 in,
+task units out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.artefact import MAX_DEPTH_M, MIN_DEPTH_M, OUTPUTS, Card, card_to_metadata
+from export.onnx_files import check_rules
+from student.checkpoint import load_student
+from student.model import Student
+from teacher.errors import UsageError
+from teacher.jobs.commit import replace_atomically
+from teacher.label import Camera
+from teacher.store import hash_file
+
+OPSET = 18  # TensorRT 10.3 reads up to 20, 11.x up to 25
+PRECISIONS = {"fp32": "student.onnx"}
+EXPORT_JSON = "export.json"
+REFERENCE = "student.safetensors"
+
+
+class Delivered(nn.Module):
+    """A student between a camera's bytes and task units, exactly as `export.artefact` says."""
+
+    def __init__(self, student: Student, card: Card) -> None:
+        """``student`` in eval mode; ``card`` says which outputs, and the focal lengths."""
+        super().__init__()
+        self.student = student
+        self.outputs = card.outputs
+        self.focal_px = card.focal_px
+        self.canonical_focal_px = card.canonical_focal_px
+        ids = sorted(card.classes)  # the student's logits are in order of the ids
+        self.register_buffer("class_ids", torch.tensor(ids, dtype=torch.int32), persistent=False)
+        self.ids_are_indices = ids == list(range(len(ids)))
+        self.class_ids: Tensor
+
+    def forward(self, image: Tensor, focal_px: Tensor | None = None) -> tuple[Tensor, ...]:
+        """uint8 [N, H, W, 3] and float32 [N] -> the card's outputs, in its order.
+
+        Metres = canonical metres * focal_px / canonical_focal_px (DESIGN section 3).
+        """
+        x = image.to(torch.float32).permute(0, 3, 1, 2) / 255.0
+        raw = self.student(x)
+        out: dict[str, Tensor] = {}
+        if "depth" in self.outputs:
+            canonical = raw["depth"][:, 0]
+            if focal_px is None:
+                depth_m = canonical * (self.focal_px / self.canonical_focal_px)
+            else:
+                depth_m = canonical * (focal_px / self.canonical_focal_px)[:, None, None]
+            out["depth"] = depth_m.clamp(MIN_DEPTH_M, MAX_DEPTH_M)
+        if "sky" in self.outputs:
+            out["sky"] = raw["sky"][:, 0].sigmoid()
+        if "normals" in self.outputs:
+            out["normals"] = raw["normals"]
+        if "semantic" in self.outputs:
+            logits = raw["semantic"]
+            index = logits.argmax(1)
+            out["semantic"] = (
+                index.to(torch.int32) if self.ids_are_indices else self.class_ids[index]
+            )
+            out["semantic_logits"] = logits
+        for name in self.outputs:
+            if name.endswith("_uncertainty"):
+                out[name] = raw[name][:, 0]
+        return tuple(out[name] for name in self.outputs)
+
+
+def card_of(
+    student: Student,
+    *,
+    batch: int | None = None,
+    focal_input: bool = True,
+    focal_px: float | None = None,
+    semantic_logits: bool = False,
+    student_sha256: str = "",
+) -> Card:
+    """The card of a student's artefact; ``focal_px`` None records the assumed 60 degree camera."""
+    height, width = student.config["height"], student.config["width"]
+    with torch.inference_mode():
+        produced = student(torch.zeros(1, 3, height, width))
+    names = [name for name in OUTPUTS if name in produced]
+    if semantic_logits and "semantic" in names:
+        names.append("semantic_logits")
+    recorded_px = focal_px if focal_px is not None else Camera.assumed(width, height).fx
+    return Card(
+        height=height,
+        width=width,
+        batch=batch,
+        focal_input=focal_input,
+        focal_px=float(recorded_px),
+        canonical_focal_px=student.canonical_focal_px,
+        outputs=tuple(names),
+        classes={int(k): v for k, v in student.config["classes"].items()},
+        licences=tuple(str(x) for x in student.provenance.get("licences", ())),
+        provenance=student.provenance,
+        student_sha256=student_sha256,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress chatter and notices about its own internals off the screen."""
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def to_onnx(student: Student, card: Card) -> onnx.ModelProto:
+    """Export, tidy, attach the card, check. Raises `ArtefactError` if the graph breaks a rule."""
+    module = Delivered(student, card).eval()
+    batch = card.batch or 2  # an example of 1 would be baked in as a constant
+    args: list[Tensor] = [torch.zeros(batch, card.height, card.width, 3, dtype=torch.uint8)]
+    names = ["image"]
+    if card.focal_input:
+        args.append(torch.full((batch,), card.focal_px))
+        names.append("focal_px")
+    shapes = None
+    if card.batch is None:
+        shapes = tuple({0: torch.export.Dim("N", min=1, max=1 << 16)} for _ in args)
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            tuple(args),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=list(card.outputs),
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    model: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
+    tidy(model)
+    onnx.helper.set_model_props(model, card_to_metadata(card))
+    model.producer_name, model.producer_version = "dense-distill", ""
+    onnx.checker.check_model(model, full_check=True)
+    check_rules(model, where="export")
+    return model
+
+
+def tidy(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes (they name host paths); let only Cast read the uint8 image.
+
+    A dynamic N makes the exporter ask for Shape(image); the cast image has the same shape, and
+    TensorRT takes uint8 into Cast only.
+    """
+    graph = model.graph
+    cast = next(n for n in graph.node if n.op_type == "Cast" and "image" in n.input)
+    for node in graph.node:
+        if node.op_type == "Shape" and node.input[0] == "image":
+            node.input[0] = cast.output[0]
+    rest = [n for n in graph.node if n is not cast and n.output[0] != cast.output[0]]
+    ordered = [onnx.NodeProto.FromString(n.SerializeToString()) for n in (cast, *rest)]
+    del graph.node[:]
+    graph.node.extend(ordered)
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del graph.metadata_props[:], model.metadata_props[:]
+
+
+def export_student(
+    *,
+    checkpoint: str,
+    out: str,
+    precision: Sequence[str] = ("fp32",),
+    batch: int | None = None,
+    focal_input: bool = True,
+    focal_px: float | None = None,
+    semantic_logits: bool = False,
+) -> dict[str, Any]:
+    """Write ``student.onnx``, the checkpoint it came from, and ``export.json`` into ``out``.
+
+    Args:
+        checkpoint: a ``student.safetensors``.
+        out: a new or empty folder, or one that an earlier export wrote.
+        precision: names out of `PRECISIONS`.
+        batch: a fixed N, or None for a free one.
+        focal_input: whether the graph takes ``focal_px``; else ``focal_px`` is baked.
+        focal_px: the recorded camera's focal length at H x W; None: 60 degrees across.
+        semantic_logits: also deliver the logits of the classes.
+    """
+    wrong = sorted(set(precision) - set(PRECISIONS))
+    if wrong or not precision:
+        raise UsageError(f"precision={list(precision)}: expected some of {list(PRECISIONS)}.")
+    if batch is not None and batch < 1:
+        raise UsageError(f"batch={batch}: expected null (any number of images) or at least 1.")
+    if focal_px is not None and not focal_px > 0:
+        raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
+    source, folder = Path(checkpoint), _open_folder(Path(out))
+    student = load_student(source)
+    card = card_of(
+        student,
+        batch=batch,
+        focal_input=focal_input,
+        focal_px=focal_px,
+        semantic_logits=semantic_logits,
+        student_sha256=hash_file(source),
+    )
+    if (folder / REFERENCE).resolve() != source.resolve():
+        replace_atomically(folder / REFERENCE, source.read_bytes())
+    artefacts = {}
+    for name in precision:
+        model = to_onnx(student, dataclasses.replace(card, precision=name))
+        path = folder / PRECISIONS[name]
+        replace_atomically(path, model.SerializeToString(deterministic=True))
+        artefacts[path.name] = {
+            "precision": name,
+            "sha256": hash_file(path),
+            "bytes": path.stat().st_size,
+            "nodes": len(model.graph.node),
+            "opset": OPSET,
+        }
+    size = f"{card.height}x{card.width}"
+    total_mb = sum(int(str(a["bytes"])) for a in artefacts.values()) / 1e6
+    result = {
+        "summary": f"{', '.join(artefacts)} ({size}, {'/'.join(card.outputs)}, {total_mb:.1f} MB) "
+        f"in {folder}",
+        "reference": {"file": REFERENCE, "sha256": card.student_sha256},
+        "artefacts": artefacts,
+        "card": dataclasses.asdict(card),
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__},
+    }
+    replace_atomically(folder / EXPORT_JSON, json.dumps(result, indent=1).encode() + b"\n")
+    return result
+
+
+def _open_folder(folder: Path) -> Path:
+    """Create the folder or accept an earlier export's; refuse a folder with other things in it."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"out={folder}: found a file, expected a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+    if found and EXPORT_JSON not in found and set(found) != {REFERENCE}:
+        raise UsageError(
+            f"out={folder}: found {sorted(found)[:3]} and no {EXPORT_JSON}, expected a new or "
+            "empty folder or an earlier export. Choose another out=."
+        )
+    return folder

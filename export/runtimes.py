@@ -1,0 +1,244 @@
+"""One way to run every artefact: ``with open_runtime(path) as r: r(images) -> {task: array}``.
+
+``student.safetensors`` runs in torch, ``*.onnx`` in ONNX Runtime; both answer with the names,
+shapes and units of `export.artefact`, so that either can stand in for the other. A runtime that
+silently fell back to another provider would prove nothing: the one that runs is asserted.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from export.artefact import (
+    MAX_DEPTH_M,
+    MIN_DEPTH_M,
+    ArtefactError,
+    Card,
+    card_from_metadata,
+    expected_shape,
+)
+from teacher.errors import EnvironmentFailure, UsageError
+from teacher.store import hash_file
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+Answers = dict[str, np.ndarray]
+
+
+class Runtime(Protocol):
+    """What every runtime offers. Attributes: ``card``; ``facts``, plain JSON on what runs."""
+
+    card: Card
+    facts: dict[str, Any]
+
+    def __enter__(self) -> Self:
+        """Load the artefact."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Let it go."""
+        ...
+
+    def __call__(self, images: np.ndarray, focal_px: np.ndarray | None = None) -> Answers:
+        """uint8 [N, H, W, 3] and focal lengths [N] (None: the recorded camera) -> outputs."""
+        ...
+
+
+def default_threads() -> int:
+    """The cores this process may use, not those the machine has; OMP_NUM_THREADS overrules."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_runtime(
+    path: str | os.PathLike[str], *, provider: str = "cpu", threads: int | None = None
+) -> Runtime:
+    """The runtime for a file, by its suffix.
+
+    Args:
+        path: ``.onnx`` or ``.safetensors``.
+        provider: where an ``.onnx`` must run: `PROVIDERS`. If it cannot, that is an error.
+        threads: CPU threads; None takes `default_threads`.
+
+    Raises:
+        ArtefactError: not ours, damaged, or unsafe. EnvironmentFailure: the provider cannot run.
+    """
+    file = Path(path)
+    threads = default_threads() if threads is None else threads
+    if threads < 1:
+        raise UsageError(f"threads={threads}: expected at least 1.")
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider={provider!r}: expected one of {list(PROVIDERS)}.")
+    if not file.is_file():
+        raise ArtefactError(f"{file}: no such file; expected a .onnx or a student.safetensors.")
+    if file.suffix == ".onnx":
+        return OnnxRuntime(file, provider=provider, threads=threads)
+    if file.suffix == ".safetensors":
+        return TorchRuntime(file, threads=threads)
+    raise ArtefactError(f"{file}: expected a name that ends in .onnx or .safetensors.")
+
+
+def check_images(images: np.ndarray, focal_px: np.ndarray | None, card: Card) -> np.ndarray:
+    """Refuse what the artefact was not made for; the focal lengths, float32 [N]."""
+    if images.dtype != np.uint8 or images.shape[1:] != (card.height, card.width, 3):
+        raise UsageError(
+            f"images: found {images.dtype} {list(images.shape)}, expected uint8 "
+            f"[N,{card.height},{card.width},3]; export.letterbox brings any size there."
+        )
+    if focal_px is None:
+        return np.full(len(images), card.focal_px, np.float32)
+    focal = np.array(focal_px, np.float32)  # a copy: torch takes no negative strides
+    if focal.shape != (len(images),) or not (np.isfinite(focal) & (focal > 0)).all():
+        raise UsageError(
+            f"focal_px: found {focal.tolist()}, expected one positive number of pixels for each "
+            f"of the {len(images)} images."
+        )
+    return focal
+
+
+class TorchRuntime:
+    """The student itself, in torch on the CPU: the reference every other artefact is held to."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        """Read the checkpoint; nothing is unpickled."""
+        import torch
+
+        from export.onnx_graph import Delivered, card_of
+        from student.checkpoint import load_student
+
+        self.torch, self.threads = torch, threads
+        student = load_student(path)
+        self.card = card_of(student, semantic_logits=True, student_sha256=hash_file(path))
+        self.module = Delivered(student, self.card).eval()
+        version = torch.__version__
+        self.facts = {"runtime": "torch", "version": version, "device": "cpu", "threads": threads}
+
+    def __enter__(self) -> Self:
+        """Take the asked number of threads."""
+        self.before = self.torch.get_num_threads()
+        self.torch.set_num_threads(self.threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give torch its former number of threads back."""
+        self.torch.set_num_threads(self.before)
+
+    def __call__(self, images: np.ndarray, focal_px: np.ndarray | None = None) -> Answers:
+        """See `Runtime`."""
+        focal = check_images(images, focal_px, self.card)
+        with self.torch.inference_mode():
+            arrays = self.module(
+                self.torch.from_numpy(np.array(images)), self.torch.from_numpy(focal)
+            )
+        return {n: a.numpy() for n, a in zip(self.card.outputs, arrays, strict=True)}
+
+
+class OnnxRuntime:
+    """An exported graph in ONNX Runtime, on the provider that was asked for and no other."""
+
+    def __init__(self, path: Path, *, provider: str, threads: int) -> None:
+        """Check the file as untrusted data and read its card."""
+        from export.onnx_files import check_external_data, read_model
+
+        model = read_model(path)
+        self.path = path
+        self.card = card_from_metadata(
+            {p.key: p.value for p in model.metadata_props}, where=str(path)
+        )
+        self.external = check_external_data(model, path)
+        self._check_interface(model)
+        self.provider, self.threads = PROVIDERS[provider], threads
+        self.facts: dict[str, Any] = {}
+
+    def _check_interface(self, model: Any) -> None:
+        outputs = tuple(o.name for o in model.graph.output)
+        stored = {i.name for i in model.graph.initializer}
+        inputs = [i.name for i in model.graph.input if i.name not in stored]
+        wanted = ["image", "focal_px"][: 1 + self.card.focal_input]
+        if outputs != self.card.outputs or inputs != wanted:
+            raise ArtefactError(
+                f"{self.path}: inputs {inputs} and outputs {list(outputs)}, its card promises "
+                f"{wanted} and {list(self.card.outputs)}. Export the student again."
+            )
+
+    def __enter__(self) -> Self:
+        """Start the session; `EnvironmentFailure` if another provider would run."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # its warnings go to the screen; failures raise anyway
+        source = str(self.path) if self.external else self.path.read_bytes()
+        if self.provider not in ort.get_available_providers():
+            self._wrong_provider(ort.get_available_providers())
+        try:
+            self.session = ort.InferenceSession(source, options, providers=[self.provider])
+        except Exception as error:  # ONNX Runtime's classes share no public base
+            raise ArtefactError(f"{self.path}: ONNX Runtime refuses it: {error}") from error
+        running = self.session.get_providers()
+        if running[0] != self.provider:
+            self._wrong_provider(running)
+        self.session.disable_fallback()
+        self.facts = {
+            "runtime": "onnxruntime",
+            "version": ort.__version__,
+            "providers": running,
+            "threads": self.threads,
+        }
+        return self
+
+    def _wrong_provider(self, found: list[str]) -> None:
+        raise EnvironmentFailure(
+            f"{self.path.name}: {self.provider} was asked for and cannot run here; ONNX Runtime "
+            f"would use {found}. Install its libraries, or ask for provider=cpu."
+        )
+
+    def __exit__(self, *_: object) -> None:
+        """End the session."""
+        del self.session
+
+    def __call__(self, images: np.ndarray, focal_px: np.ndarray | None = None) -> Answers:
+        """See `Runtime`. A graph of fixed N is fed in groups, the last one filled up."""
+        focal = check_images(images, focal_px, self.card)
+        size = self.card.batch or max(1, len(images))
+        parts = [
+            self._run(images[i : i + size], focal[i : i + size], size)
+            for i in range(0, len(images), size)
+        ]
+        answers = {n: np.concatenate([p[n] for p in parts]) for n in self.card.outputs}
+        if not self.card.focal_input and "depth" in answers:
+            # metres = canonical * f / f_c, so another camera is a factor on the baked one's metres
+            factor = (focal / np.float32(self.card.focal_px))[:, None, None]
+            answers["depth"] = (answers["depth"] * factor).clip(MIN_DEPTH_M, MAX_DEPTH_M)
+        return answers
+
+    def _run(self, images: np.ndarray, focal: np.ndarray, size: int) -> Answers:
+        n = len(images)
+        if n < size:
+            fill = [n - 1] * (size - n)
+            images, focal = (np.concatenate([a, a[fill]]) for a in (images, focal))
+        feed = {"image": np.ascontiguousarray(images)}
+        if self.card.focal_input:
+            feed["focal_px"] = focal
+        try:
+            arrays = self.session.run(list(self.card.outputs), feed)
+        except Exception as error:  # ONNX Runtime's classes share no public base
+            raise ArtefactError(f"{self.path}: fails when run: {error}") from error
+        answers = dict(zip(self.card.outputs, arrays, strict=True))
+        for name, array in answers.items():
+            expected = expected_shape(name, self.card, len(images))
+            if array.shape != expected:
+                raise ArtefactError(
+                    f"{self.path}: output {name} has shape {array.shape}, expected {expected}."
+                )
+        return {name: array[:n] for name, array in answers.items()}
