@@ -1,0 +1,206 @@
+"""`distill tune`: make or continue an instruction-tuned generator, in resumable slices."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from distill.tune.adapter import MiniAdapter
+from distill.tune.keeper import Keeper, Moments
+from distill.tune.module import TuneModule
+from distill.tune.pairs import Pairs
+from distill.tune.scenes_cache import Scenes, load_scenes
+from distill.tune.stream import Plan, Stream, split
+from teacher.errors import UsageError
+from teacher.prompts import KINDS
+
+DEFAULT_WEIGHTS = {"depth": 4.0, "normals": 3.0, "semantic": 2.0, "instances": 2.0}
+TASKS = tuple(DEFAULT_WEIGHTS)
+
+
+def tune(
+    *,
+    teacher: str,
+    data: str,
+    out: str,
+    init: str | None = None,
+    steps: int = 20000,
+    generate_steps: int = 1500,
+    small_steps: int = 4000,
+    batch: int = 32,
+    prompts_per_image: int = 2,
+    lr: float = 1e-3,
+    warmup: int = 200,
+    decay: int = 2000,
+    ema: float = 0.999,
+    retention: float = 0.08,
+    task_weights: dict[str, float] | None = None,
+    colour_map_share: float = 0.1,
+    single_step_share: float = 0.35,
+    held_back: int = 64,
+    validate_every: int = 500,
+    max_minutes: float = 0.0,
+    threads: int = 2,
+    device: str = "cpu",
+    seed: int = 0,
+    network: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """Train a generator on scenes with truth; call it again with the same ``out`` to continue.
+
+    Args:
+        teacher: the generator to tune: ``mini``.
+        data: a label set with all four tasks (`distill scenes`).
+        out: run folder: state, log, sheets, ``generator.safetensors`` (averaged weights).
+        init: weights to start from (``*.safetensors`` with its card); only for a new run.
+        steps: total steps of the plan; the first ``generate_steps`` only draw from captions, the
+            first ``small_steps`` work at half the size, the last ``decay`` lower the rate.
+        batch: pairs per step, over ``batch / prompts_per_image`` images.
+        lr, warmup, decay, ema: schedule and averaging per step.
+        retention: share of caption-to-picture pairs during instruction tuning.
+        task_weights: relative shares of depth, normals, semantic, instances.
+        colour_map_share: depth answers in another colour map, named in the prompt.
+        single_step_share: pairs at pure noise, which train the single-step answer.
+        held_back: scenes kept for validation.
+        validate_every: steps between sheets (0: never).
+        max_minutes: length of this slice (0: no limit).
+        threads, device: where to compute.
+        seed: of everything random.
+        network: `MiniNet` sizes that differ from its defaults.
+    """
+    if teacher != "mini":
+        raise UsageError(
+            f"tune: teacher={teacher!r} cannot be tuned here, expected 'mini'; another generator"
+            " joins by an adapter (distill/tune/adapter.py)"
+        )
+    weights = dict(
+        task_weights or {"depth": 4.0, "normals": 3.0, "semantic": 2.0, "instances": 2.0}
+    )
+    _check(batch, prompts_per_image, retention, weights)
+    began = time.monotonic()
+    torch.set_num_threads(threads)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = load_scenes(data, cache=str(folder / "cache"))
+    train, back = split(scenes, min(held_back, len(scenes) // 4))
+    plan = Plan(generate_steps, small_steps, steps, retention, weights)
+    torch.manual_seed(seed)
+    module = _module(network, init, plan, lr, warmup, decay, ema)
+    start = resume(module, folder)
+    options = {
+        "batch": batch,
+        "prompts_per_image": prompts_per_image,
+        "single_step_share": single_step_share,
+        "colour_map_share": colour_map_share,
+        "seed": seed,
+    }
+    deadline = began + max_minutes * 60 if max_minutes else float("inf")
+    stream = Stream(plan, train, train.halved() if start < small_steps else train, start,
+                    deadline, options)  # fmt: skip
+    keeper = Keeper(
+        folder,
+        plan,
+        checks=_checks(back, plan, seed),
+        every=validate_every,
+        facts={
+            "size": list(scenes.image.shape[1:3]),
+            "focal_px": scenes.focal_px,
+            "classes": {str(k): v for k, v in scenes.classes.items()},
+            "things": [scenes.classes[i] for i in Pairs(train, weights=weights, batch=2).things],
+            "scenes": len(train),
+            "kinds": list(KINDS),
+            "license": "Apache-2.0",
+            "plan": {**vars(plan), "lr": lr, "batch": batch, "ema": ema, "seed": seed},
+        },
+    )
+    _fit(module, stream, keeper, device)
+    keeper.check(module)
+    result = {
+        "summary": f"tune: step {module.step + 1} of {steps}, {keeper.latest}",
+        "step": module.step + 1,
+        "steps": steps,
+        "bad_steps": module.bad_steps,
+        "minutes": round((time.monotonic() - began) / 60, 2),
+        "validation": keeper.latest,
+        "weights": str(folder / "generator.safetensors"),
+    }
+    (folder / "tune.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _check(batch: int, per_image: int, retention: float, weights: dict[str, float]) -> None:
+    if batch < 1 or per_image < 1 or batch % per_image:
+        raise UsageError(f"tune: batch={batch} must be a multiple of prompts_per_image={per_image}")
+    if not 0 <= retention < 1:
+        raise UsageError(f"tune: retention={retention} must lie in [0, 1)")
+    strange = sorted(set(weights) - set(TASKS))
+    if strange or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise UsageError(f"tune: task_weights {weights} must be shares >= 0 of {list(TASKS)}")
+
+
+def _module(
+    network: dict[str, int] | None,
+    init: str | None,
+    plan: Plan,
+    lr: float,
+    warmup: int,
+    decay: int,
+    ema: float,
+) -> TuneModule:
+    from teacher.generators.mini import MiniGenerator
+
+    sizes = dict(network or {})
+    start = None
+    if init:
+        source = MiniGenerator.from_pretrained(init)
+        sizes, start = dict(source.card["network"]), source.net.state_dict()
+    adapter = MiniAdapter(sizes)
+    if start is not None:
+        adapter.network.load_state_dict(start)
+    return TuneModule(adapter, peak_lr=lr, warmup=warmup, steps=plan.steps, decay=decay, ema=ema)
+
+
+def resume(module: TuneModule, folder: Path) -> int:
+    """Step to start at; weights and average are restored now, moments once Lightning has them."""
+    if not (folder / "state.safetensors").exists():
+        return 0
+    return module.load_state(folder)
+
+
+def _checks(back: Scenes, plan: Plan, seed: int) -> dict[str, tuple[Pairs, Pairs]]:
+    small = back.halved()
+    kinds = [k for k in plan.task_weights if plan.task_weights[k] > 0]
+
+    def source(scenes: Scenes, kind: str) -> Pairs:
+        count = min(16, len(scenes))
+        return Pairs(scenes, weights={kind: 1.0}, batch=count, prompts_per_image=1,
+                     single_step_share=1.0, colour_map_share=0.0, seed=seed + 1)  # fmt: skip
+
+    return {k: (source(small, k), source(back, k)) for k in (*kinds, "generate")}
+
+
+def _fit(module: TuneModule, stream: Stream, keeper: Keeper, device: str) -> None:
+    if stream.start >= stream.plan.steps:
+        return
+    accelerator, _, index = device.partition(":")
+    with warnings.catch_warnings():
+        # Lightning asks for loader workers and a length; one process and a stream are intended
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*`__len__`.*")
+        trainer = L.Trainer(
+            max_epochs=1,
+            accelerator={"cuda": "gpu"}.get(accelerator, accelerator),
+            devices=[int(index)] if index else 1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Moments(keeper.out), keeper],
+        )
+        trainer.fit(module, DataLoader(stream, batch_size=None))

@@ -1,0 +1,316 @@
+"""The mini generator's network: image encoder, text encoder, transformer, picture decoder.
+
+It predicts the clean picture y from x_s = (1 - s) y + s noise (rectified flow, Liu et al.,
+arXiv 2209.03003, with x0 parametrisation), an instruction, and optionally an input image. Pictures
+and images live in [-1, 1], [B, 3, H, W] with H and W multiples of 8. Three parts are worth knowing:
+
+* the image encoder runs once per image, whatever the number of prompts, seeds and steps;
+* colours written in the prompt are tokens that carry their RGB, and the decoder may *point* at one
+  per pixel (a pointer network, Vinyals et al., arXiv 1506.03134), so palettes come back exactly;
+* the mean of the noise, whitened, conditions everything, so a seed's global choices (which way the
+  instance colours turn) are readable in the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teacher.generators.mini_text import NGRAM_BUCKETS, NGRAMS_PER_TOKEN
+
+
+class Text(NamedTuple):
+    """Tokenised prompts (`mini_text.tokenize`), stacked.
+
+    ngrams int64 [B, T, G] (bucket 0 = none), rgb float [B, T, 4] (RGB in [-1, 1] and a flag),
+    mask bool [B, T], colour_at int64 [B, MAX_COLOURS] (token index of every colour),
+    colour_mask bool [B, MAX_COLOURS].
+    """
+
+    ngrams: Tensor
+    rgb: Tensor
+    mask: Tensor
+    colour_at: Tensor
+    colour_mask: Tensor
+
+
+class Features(NamedTuple):
+    """What the image encoder keeps: [B, c, H/2, W/2], [B, 2c, H/4, W/4], [B, 4c, H/8, W/8]."""
+
+    half: Tensor
+    quarter: Tensor
+    eighth: Tensor
+
+    def select(self, index: Tensor) -> Features:
+        """The features of images ``index`` [N], repeats allowed."""
+        return Features(*(f[index] for f in self))
+
+
+def _norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Layer norm over channels of [B, C, H, W] (channels-last in memory, so without a copy)."""
+    y = x.permute(0, 2, 3, 1)
+    return F.layer_norm(y, (x.shape[1],), weight).permute(0, 3, 1, 2)
+
+
+class ResBlock(nn.Module):
+    """Norm, optional scale and shift from a condition, two 3x3 convolutions, residual."""
+
+    def __init__(self, channels: int, *, condition: int = 0) -> None:
+        """``condition`` is the width of the conditioning vector, 0 for none."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.film = nn.Linear(condition, 2 * channels) if condition else None
+        nn.init.zeros_(self.conv2.weight)
+        if self.film is not None:
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> the same."""
+        y = _norm(x)
+        if self.film is not None and condition is not None:
+            scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
+            y = y * (1 + scale) + shift
+        return x + self.conv2(F.silu(self.conv1(y)))
+
+
+class ImageEncoder(nn.Module):
+    """Image -> features at 1/2, 1/4, 1/8. Nothing of task, noise or time enters."""
+
+    def __init__(self, channels: int) -> None:
+        """``channels`` at 1/2; doubled at every halving."""
+        super().__init__()
+        c = channels
+        self.stem = nn.Conv2d(12, c, 3, padding=1)
+        self.block2 = ResBlock(c)
+        self.down4 = nn.Conv2d(c, 2 * c, 2, stride=2)
+        self.blocks4 = nn.Sequential(ResBlock(2 * c), ResBlock(2 * c))
+        self.down8 = nn.Conv2d(2 * c, 4 * c, 2, stride=2)
+        self.blocks8 = nn.Sequential(ResBlock(4 * c), ResBlock(4 * c))
+
+    def forward(self, image: Tensor) -> Features:
+        """[B, 3, H, W] in [-1, 1] -> `Features`."""
+        x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
+        half = self.block2(self.stem(x))
+        quarter = self.blocks4(self.down4(half))
+        return Features(half, quarter, self.blocks8(self.down8(quarter)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Multi-head attention [B, N, D] x [B, M, D] -> [B, N, D]; mask bool [B, M], True = visible.
+
+    Written out: for these short sequences on CPU it is faster than the fused kernel.
+    """
+    b, n, d = q.shape
+    split = (b, -1, heads, d // heads)
+    q, k, v = (t.reshape(split).transpose(1, 2) for t in (q, k, v))
+    scores = (q * (d // heads) ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + torch.where(mask, 0.0, -1e4).to(scores.dtype)[:, None, None]
+    with torch.autocast(q.device.type, enabled=False):  # else the softmax is copied to float32
+        weights = scores.softmax(-1)
+    return (weights @ v.to(weights.dtype)).transpose(1, 2).reshape(b, n, d)
+
+
+class Block(nn.Module):
+    """Transformer block with adaptive norm; cross-attends to the prompt when ``text_width`` > 0."""
+
+    def __init__(self, width: int, heads: int, *, text_width: int = 0) -> None:
+        """``text_width`` 0 leaves the cross-attention out."""
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.query = nn.Linear(width, width) if text_width else None
+        self.key_value = nn.Linear(text_width, 2 * width) if text_width else None
+        self.cross_out = nn.Linear(width, width) if text_width else None
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+        for last in (self.out, self.down, self.cross_out):
+            if last is not None:
+                nn.init.zeros_(last.weight)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor | None, text: Tensor | None, mask: Tensor
+    ) -> Tensor:
+        """Tokens [B, N, D]; modulation [B, 6, D] (scale, shift, gate, twice); text [B, T, Dt]."""
+        m = self.modulation if modulation is None else self.modulation + modulation
+        m = m.expand(x.shape[0], 6, x.shape[2])[:, :, None]
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + m[:, 0]) + m[:, 1]
+        self_mask = mask if text is None else None  # the text encoder masks itself
+        q, k, v = self.qkv(y).chunk(3, dim=-1)
+        x = x + self.out(attend(q, k, v, self.heads, self_mask)) * (1 + m[:, 2])
+        if self.query is not None and self.key_value is not None and text is not None:
+            assert self.cross_out is not None
+            k, v = self.key_value(text).chunk(2, dim=-1)
+            q = self.query(F.layer_norm(x, x.shape[-1:]))
+            x = x + self.cross_out(attend(q, k, v, self.heads, mask))
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + m[:, 3]) + m[:, 4]
+        return x + self.down(F.gelu(self.up(y))) * (1 + m[:, 5])
+
+
+class TextEncoder(nn.Module):
+    """Bags of character n-grams -> token features, a sentence vector and task logits."""
+
+    def __init__(self, width: int, *, layers: int, max_tokens: int, tasks: int) -> None:
+        """``tasks`` counts the kinds of request the head tells apart, "something else" included."""
+        super().__init__()
+        self.ngrams = nn.EmbeddingBag(NGRAM_BUCKETS, width, mode="sum", padding_idx=0)
+        self.rgb = nn.Linear(4, width)
+        self.position = nn.Parameter(torch.randn(max_tokens, width) * 0.1)
+        self.neighbours = nn.Conv1d(width, width, 7, padding=3, groups=4)
+        self.blocks = nn.ModuleList(Block(width, 4) for _ in range(layers))
+        self.task_head = nn.Linear(width, tasks)
+        nn.init.normal_(self.ngrams.weight, std=1 / math.sqrt(NGRAMS_PER_TOKEN))
+
+    def forward(self, text: Text) -> tuple[Tensor, Tensor, Tensor]:
+        """`Text` -> tokens [B, T, D], sentence [B, D], task logits [B, tasks]."""
+        b, t, g = text.ngrams.shape
+        x = self.ngrams(text.ngrams.reshape(b * t, g)).reshape(b, t, -1)
+        x = (x + self.rgb(text.rgb) + self.position[:t]) * text.mask[..., None]
+        x = x + F.silu(self.neighbours(x.transpose(1, 2))).transpose(1, 2) * text.mask[..., None]
+        for block in self.blocks:
+            x = block(x, None, None, text.mask)
+        x = F.layer_norm(x, x.shape[-1:])
+        weight = text.mask[..., None].to(x.dtype)
+        sentence = (x * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return x, sentence, self.task_head(sentence)
+
+
+def _fourier(x: Tensor, count: int) -> Tensor:
+    """Sines and cosines of octaves of x in [0, 1]: [...] -> [..., 2 count]."""
+    angle = x[..., None] * (math.pi * 2.0 ** torch.arange(count, device=x.device))
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def _places(height: int, width: int, device: torch.device) -> Tensor:
+    """Where each of height x width tokens is, as fractions of the picture: [1, N, 24]."""
+    row = _fourier((torch.arange(height, device=device) + 0.5) / height, 6)[:, None]
+    column = _fourier((torch.arange(width, device=device) + 0.5) / width, 6)[None]
+    both = [row.expand(-1, width, -1), column.expand(height, -1, -1)]
+    return torch.cat(both, dim=-1).reshape(1, height * width, -1)
+
+
+class MiniNet(nn.Module):
+    """(picture x_s, time s, prompt, image features or none) -> the clean picture."""
+
+    def __init__(
+        self,
+        *,
+        channels: int = 32,
+        width: int = 192,
+        blocks: int = 7,
+        heads: int = 6,
+        text_width: int = 128,
+        text_layers: int = 2,
+        max_tokens: int = 120,
+        tasks: int = 6,
+    ) -> None:
+        """Sizes; the shipped weights carry theirs in the JSON card."""
+        super().__init__()
+        c, self.max_tokens, key = channels, max_tokens, 16
+        self.image = ImageEncoder(c)
+        self.text = TextEncoder(text_width, layers=text_layers, max_tokens=max_tokens, tasks=tasks)
+        self.null = nn.ParameterList(torch.zeros(n * c) for n in (1, 2, 4))
+        self.patch = nn.Conv2d(3, width, 8, stride=8)
+        self.from_image = nn.Conv2d(4 * c, width, 1)
+        self.position = nn.Linear(24, width)
+        self.condition = nn.Sequential(
+            nn.Linear(24 + 3 + text_width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+        self.modulation = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, text_width=text_width if i % 2 == 0 else 0) for i in range(blocks)
+        )
+        self.up4 = nn.Conv2d(width, 4 * 2 * c, 1)
+        self.noisy4 = nn.Conv2d(48, 2 * c, 1)
+        self.blocks4 = nn.ModuleList(ResBlock(2 * c, condition=width) for _ in range(2))
+        self.query4 = nn.Linear(2 * c, 2 * c)
+        self.key_value4 = nn.Linear(text_width, 4 * c)
+        self.up2 = nn.Conv2d(2 * c, 4 * c, 1)
+        self.noisy2 = nn.Conv2d(12, c, 1)
+        self.block2 = ResBlock(c, condition=width)
+        self.picture = nn.Conv2d(c, 4 * (3 + 1 + key), 3, padding=1)
+        self.colour_key = nn.Linear(text_width, key)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def encode_image(self, image: Tensor) -> Features:
+        """Image [B, 3, H, W] in [-1, 1] -> features to be reused over prompts, seeds, steps."""
+        return self.image(image)
+
+    def no_image(self, size: tuple[int, int], count: int) -> Features:
+        """Features of "no image" for a picture of ``size`` (H, W): pure generation."""
+        h, w = size
+        maps = [
+            p[None, :, None, None].expand(count, -1, h // f, w // f)
+            for p, f in zip(self.null, (2, 4, 8), strict=True)
+        ]
+        return Features(*maps)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        s: Tensor,
+        prompt: tuple[Tensor, Tensor, Tensor],
+        text: Text,
+        features: Features,
+    ) -> Tensor:
+        """[B, 3, H, W] at times s [B] in (0, 1] -> clean picture [B, 3, H, W].
+
+        ``prompt`` is the text encoder's output for ``text``.
+        """
+        tokens, sentence, _ = prompt
+        b, _, h, w = noisy.shape
+        mean = noisy.float().mean((2, 3)) * math.sqrt(h * w)  # N(0, 1) at s = 1
+        time = _fourier(s.float() / 2, 12)
+        cond = self.condition(torch.cat([time, mean.clamp(-4, 4), sentence], dim=-1))
+
+        # 1/8: image features, noisy patches and the prompt meet
+        x = self.patch(noisy) + self.from_image(_norm(features.eighth))
+        hh, ww = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2) + self.position(_places(hh, ww, x.device))
+        modulation = self.modulation(cond).reshape(b, 6, -1)
+        for block in self.blocks:
+            x = block(x, modulation, tokens, text.mask)
+        x = F.layer_norm(x, x.shape[-1:]).transpose(1, 2).reshape(b, -1, hh, ww)
+
+        # 1/4: image skip, noisy picture, another look at the prompt
+        x = F.pixel_shuffle(self.up4(x.contiguous(memory_format=torch.channels_last)), 2)
+        x = x + features.quarter + self.noisy4(F.pixel_unshuffle(noisy, 4))
+        x = self.blocks4[0](x.contiguous(memory_format=torch.channels_last), cond)
+        k, v = self.key_value4(tokens).chunk(2, dim=-1)
+        q = self.query4(_norm(x).flatten(2).transpose(1, 2))
+        x = x + attend(q, k, v, 4, text.mask).transpose(1, 2).reshape(x.shape)
+        x = self.blocks4[1](x.contiguous(memory_format=torch.channels_last), cond)
+
+        # 1/2, then pixels: a drawn colour, or one pointed at among the prompt's
+        x = F.pixel_shuffle(self.up2(x), 2) + features.half
+        x = x + self.noisy2(F.pixel_unshuffle(noisy, 2))
+        x = self.block2(x.contiguous(memory_format=torch.channels_last), cond)
+        x = F.pixel_shuffle(self.picture(_norm(x)), 2)
+        return self._paint(x, tokens, text)
+
+    def _paint(self, x: Tensor, tokens: Tensor, text: Text) -> Tensor:
+        """Decoder output [B, 3 + 1 + key, H, W] -> picture, mixing drawn and pointed-at colours."""
+        b, _, h, w = x.shape
+        drawn, gate, query = x[:, :3], x[:, 3:4], x[:, 4:].flatten(2).transpose(1, 2)
+        at = text.colour_at[..., None]
+        keys = self.colour_key(tokens.gather(1, at.expand(-1, -1, tokens.shape[2])))
+        rgb = text.rgb[..., :3].gather(1, at.expand(-1, -1, 3))
+        scores = (query @ keys.transpose(1, 2)).float()
+        scores = scores.masked_fill(~text.colour_mask[:, None], -1e4)
+        pointed = (scores.softmax(-1) @ rgb.float()).transpose(1, 2).reshape(b, 3, h, w)
+        any_colour = text.colour_mask.any(1)[:, None, None, None]
+        share = torch.where(any_colour, gate.float().sigmoid(), 0.0)
+        return drawn.float() * (1 - share) + pointed * share
+
+    def count_parameters(self) -> int:
+        """Number of weights."""
+        return sum(p.numel() for p in self.parameters())
