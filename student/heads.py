@@ -60,7 +60,7 @@ class DepthHead(nn.Module):
 
     def forward(self, x: Image) -> dict[str, Image]:
         """``depth`` [B,1,H,W] canonical m, ``sky`` logits, ``depth_uncertainty`` Laplace b."""
-        maps = self.maps(x)
+        maps = self.maps(x).float()
         answer = {"depth": maps[:, 0:1].clamp(*LOG_DEPTH_RANGE).exp(), "sky": maps[:, 1:2]}
         if self.uncertainty:
             answer["depth_uncertainty"] = maps[:, 2:3].clamp(*LOG_SCALE_RANGE).exp()
@@ -81,7 +81,7 @@ class NormalsHead(nn.Module):
 
     def forward(self, x: Image) -> dict[str, Image]:
         """``normals`` [B,3,H,W] unit vectors; ``normals_uncertainty`` [B,1,H,W] in degrees."""
-        maps = self.maps(x)
+        maps = self.maps(x).float()
         answer = {"normals": nn.functional.normalize(maps[:, :3], dim=1, eps=1e-4)}
         if self.uncertainty:
             answer["normals_uncertainty"] = 180 * maps[:, 3:4].sigmoid()
@@ -99,7 +99,7 @@ class SemanticHead(nn.Module):
 
     def forward(self, x: Image) -> dict[str, Image]:
         """``semantic`` [B,C,H,W] logits; ``semantic_uncertainty`` [B,1,H,W] in [0, 1]."""
-        logits = self.maps(x)
+        logits = self.maps(x).float()
         answer = {"semantic": logits}
         if self.uncertainty:
             answer["semantic_uncertainty"] = 1 - logits.softmax(1).amax(1, keepdim=True)

@@ -108,6 +108,9 @@ class Student(nn.Module):
         self.heads = nn.ModuleDict({task: self._head(task) for task in self.tasks})
 
     def _check(self, tasks: Sequence[str]) -> None:
+        for name in ("height", "width"):
+            if self.config[name] < 1:
+                raise StudentError(f"student {name}={self.config[name]}: expected at least 1 px")
         unknown = sorted(set(tasks) - set(TASKS))
         if unknown or not tasks:
             raise StudentError(f"student tasks {list(tasks)}: expected some of {list(TASKS)}")

@@ -1,0 +1,162 @@
+"""Between the steps of a lesson: progress, logs, validation, checkpoints, signals, the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tqdm import tqdm
+
+from distill.data import DataModule
+from distill.journal import PICTURE, STEPS, VALIDATIONS, Journal, validate
+from distill.module import Lesson
+from distill.resume import save_state
+from student.checkpoint import save_student
+
+STUDENT, STATE = "student.safetensors", "state.safetensors"
+FLUSH_EVERY = 20  # steps
+
+
+class Stopped(BaseException):
+    """A signal asked for the end; the step was finished and the checkpoint is whole."""
+
+    def __init__(self, message: str, *, number: int) -> None:
+        """``number``: the signal; the exit code is 128 + it, as a shell would say."""
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Conductor(L.Callback):
+    """Between the steps: progress, logs, validation, checkpoints, signals."""
+
+    def __init__(
+        self, lesson: Lesson, data: DataModule, folder: Path, identity: dict[str, Any]
+    ) -> None:
+        """Nothing is touched before the first step."""
+        self.lesson, self.data, self.folder, self.identity = lesson, data, folder, identity
+        self.signal = 0
+        self.numbers: dict[str, float] = {}
+        self.validated_at = -1
+        self.before_s, self.first_step = lesson.trained_s, lesson.step_number
+
+    def __enter__(self) -> Conductor:
+        """Open logs and the progress bar."""
+        self.started, self.show_next_s = time.monotonic(), 0.0
+        self.journal = Journal(self.folder, step=self.lesson.step_number)
+        self.bar = tqdm(
+            total=100, desc="train", bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}"
+        )
+        self.handlers: dict[int, Any] = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close them, and give the signals back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        self.journal.close()
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Take the signals: Lightning would raise in the middle of a step."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if self.signal:  # asked twice: do not wait for the step
+            raise Stopped("stopped at once; the last checkpoint is whole.", number=number)
+        self.signal = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """After every step."""
+        lesson, config = self.lesson, self.lesson.config
+        lesson.trained_s = self.before_s + time.monotonic() - self.started
+        self.journal.step(lesson)
+        over = lesson.progress() >= 1
+        self._show()
+        if lesson.step_number % config.val_every == 0 and not over and not self.signal:
+            self._validate()
+        if lesson.step_number % config.checkpoint_every == 0 or self.signal:
+            self.checkpoint(trainer.optimizers[0])
+        elif lesson.step_number % FLUSH_EVERY == 0:
+            self.journal.flush()
+        if over or self.signal:
+            trainer.should_stop = True
+
+    def _show(self) -> None:
+        lesson = self.lesson
+        now_s = time.monotonic() - self.started
+        if now_s < self.show_next_s and lesson.progress() < 1:
+            return
+        self.show_next_s = now_s + (0.5 if sys.stderr.isatty() else 5)
+        rate = (lesson.step_number - self.first_step) / max(now_s, 1e-9)
+        left_s = (lesson.config.steps - lesson.step_number) / max(rate, 1e-9)
+        if lesson.config.minutes is not None:
+            left_s = min(left_s, max(0.0, 60 * lesson.config.minutes - lesson.trained_s))
+        self.bar.n = round(100 * min(1.0, lesson.progress()), 1)
+        self.bar.set_postfix_str(
+            f"step {lesson.step_number}, {rate * lesson.config.batch_size:.0f} img/s, "
+            f"{tqdm.format_interval(int(left_s))} left, loss {float(lesson.last['total']):.3f}",
+            refresh=False,
+        )
+        self.bar.refresh()
+
+    def _validate(self) -> None:
+        self.numbers, picture = validate(self.lesson, self.data)
+        self.validated_at = self.lesson.step_number
+        if self.numbers:
+            self.journal.validation(self.lesson, self.numbers, picture)
+
+    def checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+        """State first, then the student: each whole at any moment."""
+        self.journal.flush()
+        save_state(self.lesson, optimizer, self.folder / STATE)
+        self.save_student()
+
+    def save_student(self) -> None:
+        """The moving average as ``student.safetensors``."""
+        lesson = self.lesson
+        provenance = {
+            "made_by": "distill train",
+            **{k: self.identity[k] for k in ("trainer", "data", "weights")},
+            "steps": lesson.step_number,
+            "skipped": lesson.skipped,
+            "backbone_licence": lesson.student.backbone.licence,
+            "torch": torch.__version__,
+            "validation": self.numbers,
+        }
+        save_student(lesson.average.student, self.folder / STUDENT, provenance)
+
+    def finish(self) -> dict[str, Any]:
+        """Validate, save, sum up; or say that a signal ended the lesson."""
+        lesson = self.lesson
+        if self.signal:
+            raise Stopped(
+                f"{self.folder}: stopped by {signal.Signals(self.signal).name} after step "
+                f"{lesson.step_number}; the same command goes on there.",
+                number=self.signal,
+            )
+        if self.validated_at != lesson.step_number:
+            self._validate()
+        self.save_student()
+        seconds = self.before_s + time.monotonic() - self.started
+        images_per_s = lesson.step_number * lesson.config.batch_size / max(seconds, 1e-9)
+        shown = ", ".join(f"{k} {v:.3g}" for k, v in self.numbers.items()) or "no validation images"
+        return {
+            "summary": f"{self.folder / STUDENT}: {lesson.step_number} steps in {seconds:.0f} s "
+            f"({images_per_s:.0f} img/s), {shown}",
+            "student": str(self.folder / STUDENT),
+            "steps": lesson.step_number,
+            "skipped": lesson.skipped,
+            "seconds": round(seconds, 1),
+            "images_per_s": round(images_per_s, 2),
+            "validation": {k: round(v, 6) for k, v in self.numbers.items()},
+            "logs": [str(self.folder / n) for n in (STEPS, VALIDATIONS, PICTURE, "tensorboard")],
+        }

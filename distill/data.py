@@ -1,0 +1,221 @@
+"""Label sets -> batches: split by key, mixed by weight, in an order that nothing can disturb.
+
+Which image comes at which step follows from the seed alone, and what happens to it from (seed, key,
+visit), so the lesson is the same for any number of threads and after any interruption. Threads, not
+processes: decoding, NumPy and Pillow release the interpreter, and the cache exists once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.augment import MODES, sample_rng
+from distill.samples import Frame, Record, compact, make_sample
+from teacher.errors import UsageError
+from teacher.label import Label
+
+CACHE_BYTES = 1 << 30  # decoded samples kept in memory; beyond, they are decoded every time
+BATCHES_AHEAD = 3
+
+
+class Labels(Protocol):
+    """What the lesson needs of a label set; `teacher.store.LabelSet` is one."""
+
+    keys: list[str]
+    classes: dict[int, str]
+
+    def __getitem__(self, key: str) -> Label:
+        """The label of one image."""
+        ...
+
+
+def in_validation(key: str, share: float) -> bool:
+    """Whether a key belongs to the validation side; the same for every set that contains it."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return number < share * 2**64
+
+
+def split_keys(keys: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    """Distinct keys -> (training, validation), by hash: growing a set moves nobody across.
+
+    When the share is positive and no hash falls below it, the lowest one is taken.
+    """
+    distinct = list(dict.fromkeys(keys))
+    held = {key for key in distinct if in_validation(key, share)}
+    if share > 0 and not held and len(distinct) > 1:
+        held = {min(distinct, key=lambda k: hashlib.sha256(k.encode()).digest())}
+    return [k for k in distinct if k not in held], [k for k in distinct if k in held]
+
+
+def merged_classes(sets: Sequence[Labels]) -> dict[int, str]:
+    """The union of the class tables; one id with two names is refused."""
+    table: dict[int, str] = {}
+    for labels in sets:
+        for number, name in labels.classes.items():
+            if table.setdefault(number, name) != name:
+                raise UsageError(
+                    f"data: class {number} is {table[number]!r} in one label set and {name!r} in "
+                    "another; label sets that are trained together need one class table."
+                )
+    return table
+
+
+def schedule(
+    sizes: Sequence[int], weights: Sequence[float], *, count: int, seed: int
+) -> np.ndarray:
+    """The lesson's order: [count, 3] of set, index in the set, how often it was seen before.
+
+    Every set is gone through in fresh random orders; at each position a set is drawn with its
+    weight. A longer lesson begins with the shorter one's order.
+    """
+    share = np.asarray(weights, np.float64)
+    draws = sample_rng("sets", seed).random(count)
+    edges = np.cumsum(share / share.sum())
+    chosen = np.searchsorted(edges, draws, side="right").clip(max=len(sizes) - 1)
+    plan = np.zeros((count, 3), np.int64)
+    plan[:, 0] = chosen
+    for s, size in enumerate(sizes):
+        places = np.flatnonzero(chosen == s)
+        visits = -(-len(places) // size) if size else 0
+        orders = [sample_rng("order", seed, s, v).permutation(size) for v in range(visits)]
+        if orders:
+            plan[places, 1] = np.concatenate(orders)[: len(places)]
+            plan[places, 2] = np.arange(len(places)) // size
+    return plan
+
+
+class DataModule:
+    """Training and validation batches of one or several label sets.
+
+    Args:
+        sets: the label sets, already verified.
+        frame: what the student sees.
+        weights: how often each set is drawn, relative; None: by its number of images.
+        val_share: share of the keys held out by their hash.
+        val_max: at most so many held-out images are used.
+        batch_size: images per step.
+        seed: of order and augmentation.
+        augment: ``strong``, ``geometry`` or ``none``.
+        threads: loading threads.
+
+    Raises:
+        UsageError: no training image, weights that do not fit, a task that no set has.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[Labels],
+        *,
+        frame: Frame,
+        weights: Sequence[float] | None = None,
+        val_share: float = 0.05,
+        val_max: int = 64,
+        batch_size: int = 16,
+        seed: int = 0,
+        augment: str = "strong",
+        threads: int = 2,
+    ) -> None:
+        """Split and plan; nothing is decoded yet."""
+        if augment not in MODES:
+            raise UsageError(f"trainer.augment={augment!r}: expected one of {', '.join(MODES)}")
+        self.sets, self.frame, self.seed, self.augment = list(sets), frame, seed, augment
+        self.batch_size, self.threads = batch_size, max(1, threads)
+        train, held = split_keys([k for s in sets for k in s.keys], val_share)
+        train_keys, held_keys = set(train), held[:val_max]
+        self.train = [[k for k in s.keys if k in train_keys] for s in sets]
+        owner = {k: i for i, s in reversed(list(enumerate(sets))) for k in s.keys}
+        self.val = [(owner[k], k) for k in held_keys]
+        if not any(self.train):
+            total = sum(len(s.keys) for s in sets)
+            raise UsageError(
+                f"data: {total} labelled image(s), none left for training after val_share="
+                f"{val_share}; label more images."
+            )
+        sizes = [len(keys) for keys in self.train]
+        self.weights = [float(w) for w in (weights or sizes)]
+        fits = len(self.weights) == len(sizes) and min(self.weights) >= 0 and sum(self.weights) > 0
+        if not fits:
+            raise UsageError(
+                f"weights={list(weights or [])}: expected {len(sizes)} number(s) >= 0, one per "
+                "label set in data, not all 0"
+            )
+        self.weights = [w if n else 0.0 for w, n in zip(self.weights, sizes, strict=True)]
+        self._cache: dict[tuple[int, str], Record] = {}
+        self._bytes, self._lock = 0, threading.Lock()
+
+    def record(self, set_index: int, key: str) -> Record:
+        """A decoded label, from memory when it still fits there."""
+        place = (set_index, key)
+        found = self._cache.get(place)
+        if found is None:
+            found = compact(self.sets[set_index][key], self.frame.tasks)
+            with self._lock:
+                if place not in self._cache and self._bytes + found.nbytes <= CACHE_BYTES:
+                    self._cache[place] = found
+                    self._bytes += found.nbytes
+        return found
+
+    def _train_sample(self, set_index: int, index: int, visit: int) -> dict[str, np.ndarray]:
+        key = self.train[set_index][index]
+        rng = sample_rng("sample", self.seed, set_index, key, visit)
+        return make_sample(self.record(set_index, key), self.frame, rng=rng, mode=self.augment)
+
+    def _val_sample(self, set_index: int, key: str) -> dict[str, np.ndarray]:
+        return make_sample(self.record(set_index, key), self.frame, rng=None, mode="none")
+
+    def train_batches(self, *, steps: int, start: int = 0) -> Batches:
+        """Batches of the steps ``start`` to ``steps``; the same whatever came before."""
+        sizes = [len(keys) for keys in self.train]
+        plan = schedule(sizes, self.weights, count=steps * self.batch_size, seed=self.seed)
+        jobs = [tuple(int(v) for v in row) for row in plan[start * self.batch_size :]]
+        return Batches(self._train_sample, jobs, self.batch_size, self.threads)
+
+    def val_batches(self) -> Batches:
+        """All validation images in order, letterboxed; the last batch may be short."""
+        return Batches(self._val_sample, list(self.val), self.batch_size, self.threads)
+
+
+class Batches:
+    """An iterable of collated batches, made ahead of time by threads, always in order."""
+
+    def __init__(self, make: Any, jobs: Sequence[tuple], batch_size: int, threads: int) -> None:
+        """``make(*job)`` gives one sample; an exception in it is raised in its turn."""
+        self.make, self.jobs = make, jobs
+        self.batch_size, self.threads = batch_size, threads
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.jobs) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield dicts of tensors [B, ...]."""
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lesson")
+        waiting: deque[list[Future]] = deque()
+        starts = iter(range(0, len(self.jobs), self.batch_size))
+        try:
+            while True:
+                while len(waiting) < BATCHES_AHEAD:
+                    at = next(starts, None)
+                    if at is None:
+                        break
+                    chunk = self.jobs[at : at + self.batch_size]
+                    waiting.append([pool.submit(self.make, *job) for job in chunk])
+                if not waiting:
+                    return
+                yield collate([future.result() for future in waiting.popleft()])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def collate(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Stack samples to tensors."""
+    return {k: torch.from_numpy(np.stack([s[k] for s in samples])) for k in samples[0]}

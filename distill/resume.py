@@ -1,0 +1,80 @@
+"""``state.safetensors``: what a killed lesson needs to go on; safetensors + JSON, never a pickle.
+
+Layout: tensors ``student.*``, ``average.*``, ``optimizer.INDEX.NAME``; metadata ``format`` and
+``facts`` (JSON: step, skipped steps, trained seconds). One file, replaced atomically, so that its
+parts always belong together.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from distill.module import Lesson
+from student.checkpoint import write_atomic
+from teacher.errors import UsageError
+
+FORMAT = "dense-distill lesson 1"
+
+
+def save_state(lesson: Lesson, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Write everything the next step depends on."""
+    tensors: dict[str, Tensor] = {}
+    tensors |= {f"student.{k}": v for k, v in lesson.student.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in lesson.average.student.state_dict().items()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
+    facts = {
+        "step": lesson.step_number,
+        "skipped": lesson.skipped,
+        "skipped_in_a_row": lesson.skipped_in_a_row,
+        "trained_s": lesson.trained_s,
+    }
+    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    metadata = {"format": FORMAT, "facts": json.dumps(facts)}
+    write_atomic(path, to_bytes(whole, metadata=metadata))
+
+
+def load_state(lesson: Lesson, path: Path) -> None:
+    """Put ``lesson`` back to where `save_state` left it; the optimiser follows when it is made.
+
+    Raises:
+        UsageError: the file is damaged, or of another student.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        facts = json.loads(metadata["facts"])
+        lesson.student.load_state_dict(_part(tensors, "student."))
+        lesson.average.student.load_state_dict(_part(tensors, "average."))
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(
+            f"{path}: cannot be resumed ({error}). Delete the run's folder, or train into another "
+            "out=."
+        ) from error
+    lesson.step_number, lesson.skipped = facts["step"], facts["skipped"]
+    lesson.skipped_in_a_row, lesson.trained_s = facts["skipped_in_a_row"], facts["trained_s"]
+    lesson.optimizer_state = _optimizer_state(lesson, _part(tensors, "optimizer."))
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _optimizer_state(lesson: Lesson, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """`torch.optim.Optimizer.state_dict` again: the groups as configured, the saved moments."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, entry = name.partition(".")
+        state.setdefault(int(index), {})[entry] = value
+    fresh = lesson.configure_optimizers().state_dict()
+    return {"state": state, "param_groups": fresh["param_groups"]}
