@@ -55,7 +55,7 @@ class PowerTransform:
 
     @property
     def range_m(self) -> tuple[float, float]:
-        """Default (near, far): 0 and the depth at u = 1 - 1/121, for lam = -3 and c = 10/3 100 m."""
+        """Default (near, far): 0 and the depth at u = 1 - 1/121 (100 m for the defaults)."""
         return 0.0, self.lam * self.c * (1 - SKY_MARGIN ** (1 / (self.lam + 1)))
 
 
