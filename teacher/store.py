@@ -442,6 +442,10 @@ class LabelSet:
             raise DamagedLabelSetError(f"{tar_path}: sample {key} unreadable ({error}).") from error
         return found
 
+    def camera(self, key: str) -> Camera:
+        """The camera of one image, without decoding it."""
+        return Camera(**json.loads(self.members(key)["json"])["camera"])
+
     def __getitem__(self, key: str) -> Label:
         """One label, every array decoded to the units of `teacher.label`."""
         return decode_members(key, self.members(key))

@@ -1,9 +1,11 @@
 """Shared by all tests: one thread each, and small label sets with analytic truth."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")
 
 import numpy as np
 import pytest

@@ -77,6 +77,7 @@ def run(folder, out, **changes):
         "batch_size": 3,
         "keep_pictures": True,
         "threads": 2,
+        "video": {"fps": 1.0, "scene_change": None},
     }
     return label(**(options | changes))
 

@@ -7,15 +7,18 @@ path, with any number of workers; anything else gives another hash, and labels n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from teacher.jobs.sources import Source
-from teacher.store import canonical_json, content_key
+from teacher.store import canonical_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +63,83 @@ class Plan:
         return digest.hexdigest()
 
 
+class HashCache:
+    """Content keys by path, size and time of a file, kept in the user's cache folder.
+
+    A million inputs are hashed once, not once per job or restart. Losing the file costs time only.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """``path``: the SQLite file (default ``$XDG_CACHE_HOME/dense-distill/keys.sqlite``)."""
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        self.path = path or Path(base).expanduser() / "dense-distill" / "keys.sqlite"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("CREATE TABLE IF NOT EXISTS keys (stamp TEXT PRIMARY KEY, key TEXT)")
+        except (sqlite3.Error, OSError):  # no home, read-only, damaged: hash without a memory
+            self._db = sqlite3.connect(":memory:", isolation_level=None)
+            self._db.execute("CREATE TABLE keys (stamp TEXT PRIMARY KEY, key TEXT)")
+
+    def known(self, stamps: Sequence[str]) -> dict[str, str]:
+        """Stamp -> key for those that were seen before."""
+        found: dict[str, str] = {}
+        for start in range(0, len(stamps), 500):
+            part = list(stamps[start : start + 500])
+            marks = ",".join("?" * len(part))
+            query = f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})"
+            found.update(self._db.execute(query, part).fetchall())
+        return found
+
+    def add(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Remember (stamp, key) pairs, in one transaction."""
+        self._db.execute("BEGIN")
+        self._db.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", pairs)
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def content_keys(source: Source, uris: Sequence[str], *, threads: int) -> list[str]:
+    """The key of every input, in parallel, from the cache where the file did not change.
+
+    Resumable: finished keys are remembered every 2000 inputs. An input that cannot be read is an
+    error here: an unreadable disk must not become a million rejected images.
+    """
+    cache = HashCache()
+    keys: list[str] = []
+    try:
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            tqdm(total=len(uris), desc="hash", unit="img", mininterval=1, leave=False) as bar,
+        ):
+            for start in range(0, len(uris), 2000):
+                part = uris[start : start + 2000]
+                stamps = list(pool.map(source.stamp, part))
+                known = cache.known([s for s in stamps if s])
+                pairs = list(zip(part, stamps, strict=True))
+                todo = [(u, s) for u, s in pairs if s not in known]
+                fresh = dict(zip(todo, pool.map(lambda p: source.key(p[0]), todo), strict=True))
+                keys += [known[s] if s in known else fresh[u, s] for u, s in pairs]
+                cache.add([(s, key) for (_, s), key in fresh.items() if s])
+                bar.update(len(part))
+    finally:
+        cache.close()
+    return keys
+
+
 def make_plan(
     source: Source, *, shard_size: int, batch_size: int, facts: dict[str, Any], threads: int = 4
 ) -> Plan:
-    """Hash every input (in parallel, with progress) and lay them out in shards.
-
-    An input that cannot be read is an error here: an unreadable disk must not become a million
-    rejected images.
-    """
+    """Every input in its place: sorted by name, later copies of the same content as duplicates."""
     uris = source.list()
-    with ThreadPoolExecutor(threads) as pool:
-        hashed = pool.map(lambda uri: content_key(source.read(uri)), uris)
-        keys = list(tqdm(hashed, total=len(uris), desc="hash", unit="img", mininterval=1))
     first: set[str] = set()
     entries = []
-    for uri, key in zip(uris, keys, strict=True):
+    for uri, key in zip(uris, content_keys(source, uris, threads=threads), strict=True):
         entries.append(Entry(uri=uri, key=key, duplicate_of=key if key in first else None))
         first.add(key)
     return Plan(entries=entries, shard_size=shard_size, batch_size=batch_size, facts=facts)

@@ -39,6 +39,7 @@ def label(
     batch_size: int,
     keep_pictures: bool,
     threads: int,
+    video: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Label every image of a source; started again, it does only what is missing.
 
@@ -53,11 +54,12 @@ def label(
         batch_size: images per call of the teacher; part of the plan.
         keep_pictures: also store the teacher's raw RGB answers.
         threads: decoding and encoding threads.
+        video: which frames of videos: ``fps``, or the first of each scene (``scene_change``).
     """
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name}={value}: expected at least 1.")
-    source = open_source(images)
+    source = open_source(images, video=video)
     oracle = load_teacher(**teacher)
     wanted = parse_tasks(tasks, oracle.tasks)
     own_side = getattr(oracle, "max_side", None)

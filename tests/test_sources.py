@@ -1,0 +1,211 @@
+"""Sources beyond folders: tars (hostile ones too), tables, videos, URLs; and the key cache."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from teacher.errors import UsageError
+from teacher.images import ImageError, decode, encode_png
+from teacher.jobs.containers import TableSource, TarSource, VideoSource
+from teacher.jobs.plan import HashCache, content_keys
+from teacher.jobs.sources import open_source
+from teacher.store import content_key
+
+RNG = np.random.default_rng(5)
+PICTURES = [RNG.integers(0, 255, (8, 12, 3), dtype=np.uint8) for _ in range(5)]
+PNGS = [encode_png(p) for p in PICTURES]
+
+
+def add(tar, name, data=b"", **facts):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in facts.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def test_tar_members_are_read_by_offset_and_never_unpacked(tmp_path):
+    path = tmp_path / "part.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "b.png", PNGS[0])
+        add(tar, "b.json", b"{}")
+        add(tar, "../../escape.png", PNGS[1])
+        add(tar, "/etc/absolute.png", PNGS[2])
+        add(tar, "link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "hard.png", type=tarfile.LNKTYPE, linkname="b.png")
+        add(tar, "device.png", type=tarfile.CHRTYPE)
+        add(tar, "b.png", PNGS[3])
+    source = TarSource(path)
+    assert source.list() == sorted(
+        ["b.png", "b.png#2", "../../escape.png", "/etc/absolute.png"]
+        + ["link.png", "hard.png", "device.png"]
+    )
+    assert source.read("b.png") == PNGS[0]
+    assert source.read("b.png#2") == PNGS[3]
+    assert source.read("../../escape.png") == PNGS[1]
+    for name in ("link.png", "hard.png", "device.png"):
+        with pytest.raises(ImageError, match="not a regular file"):
+            source.read(name)
+        assert len(source.key(name)) == 24
+    assert [p.name for p in tmp_path.iterdir()] == ["part.tar"]
+
+
+def test_a_cut_tar_is_refused_with_what_was_found(tmp_path):
+    path = tmp_path / "cut.tar"
+    with tarfile.open(path, "w") as tar:
+        for i, png in enumerate(PNGS):
+            add(tar, f"{i}.png", png * 3)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UsageError, match=r"not a whole tar file .* found \d+ images"):
+        TarSource(path)
+
+
+def test_a_tar_with_very_many_members_is_listed_in_order(tmp_path):
+    path = tmp_path / "many.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(20_000):
+            add(tar, f"{i:06d}.jpg", b"x")
+    assert len(TarSource(path).list()) == 20_000
+
+
+@pytest.mark.parametrize("layout", ["hugging face", "bytes", "arrow"])
+def test_tables(tmp_path, layout):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": png, "path": f"{i}.png"} for i, png in enumerate(PNGS)]
+    column = {"image": rows} if layout == "hugging face" else {"jpg": PNGS}
+    table = pa.table(column | {"label": list(range(5))})
+    path = tmp_path / ("t.arrow" if layout == "arrow" else "t.parquet")
+    if layout == "arrow":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, path, row_group_size=2)
+    source = TableSource(path)
+    assert [source.read(uri) for uri in source.list()] == PNGS
+    assert source.key("000000003") == content_key(PNGS[3])
+
+
+def test_a_table_without_images_lists_its_columns(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(UsageError, match=r"no image column; found \['text'\]"):
+        TableSource(tmp_path / "t.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UsageError, match="not a readable table"):
+        TableSource(tmp_path / "bad.parquet")
+
+
+def write_clip(path, *, seconds: int, rate: int = 10):
+    """Grey level = 40 + 20 * second, so a frame tells its time; a hard cut to white at 3 s."""
+    import av
+
+    with av.open(str(path), "w") as clip:
+        stream = clip.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(seconds * rate):
+            level = 250 if i >= 3 * rate else 40 + 20 * (i // rate)
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8))
+            clip.mux(stream.encode(frame))
+        clip.mux(stream.encode())
+    return path
+
+
+def test_video_frames_by_rate_carry_their_time(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", seconds=5)
+    source = VideoSource(clip, fps=1.0, scene_change=None)
+    assert [float(uri[2:]) for uri in source.list()] == pytest.approx([0, 1, 2, 3, 4])
+    for order in (source.list(), source.list()[::-1]):
+        for uri in order:
+            second = round(float(uri[2:]))
+            expected = 250 if second >= 3 else 40 + 20 * second
+            assert abs(float(decode(source.read(uri)).mean()) - expected) < 6
+    copy = tmp_path / "elsewhere.mp4"
+    copy.write_bytes(clip.read_bytes())
+    again = VideoSource(copy, fps=1.0, scene_change=None)
+    assert [again.key(u) for u in again.list()] == [source.key(u) for u in source.list()]
+    assert len({source.key(u) for u in source.list()}) == 5
+
+
+def test_video_frames_by_scene_change(tmp_path):
+    source = VideoSource(write_clip(tmp_path / "c.mp4", seconds=5), fps=1.0, scene_change=0.2)
+    assert [float(uri[2:]) for uri in source.list()] == pytest.approx([0, 3])
+
+
+def test_a_broken_video_and_a_silly_rate_are_refused(tmp_path):
+    (tmp_path / "x.mp4").write_bytes(b"\0" * 500)
+    with pytest.raises(UsageError, match="not a readable video"):
+        VideoSource(tmp_path / "x.mp4", fps=1.0, scene_change=None)
+    with pytest.raises(UsageError, match="more than 0 frames"):
+        VideoSource(tmp_path / "x.mp4", fps=0, scene_change=None)
+
+
+def test_a_folder_may_mix_everything(tmp_path):
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(PICTURES[0]).save(tmp_path / "sub" / "a.png")
+    with tarfile.open(tmp_path / "part.tar", "w") as tar:
+        add(tar, "x.png", PNGS[1])
+    write_clip(tmp_path / "sub" / "clip.mp4", seconds=2)
+    source = open_source(str(tmp_path))
+    assert source.list() == [
+        "part.tar::x.png",
+        "sub/a.png",
+        "sub/clip.mp4::t=00000.000000",
+        "sub/clip.mp4::t=00001.000000",
+    ]
+    assert [decode(source.read(u)).shape[2] for u in source.list()] == [3] * 4
+
+
+def test_any_fsspec_url(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for i, png in enumerate(PNGS[:3]):
+        memory.pipe(f"/photos/{i}/p.png", png)
+    memory.pipe("/photos/readme.txt", b"x")
+    source = open_source("memory://photos")
+    assert source.list() == ["0/p.png", "1/p.png", "2/p.png"]
+    assert source.read("1/p.png") == PNGS[1]
+    with pytest.raises(UsageError, match="no image among them"):
+        open_source("memory://nowhere-at-all")
+    with pytest.raises(UsageError, match="cannot be listed"):
+        open_source("nosuchprotocol://x")
+
+
+class CountingSource:
+    def __init__(self, n):
+        self.n, self.hashed = n, 0
+
+    def list(self):
+        return [f"{i:04d}" for i in range(self.n)]
+
+    def stamp(self, uri):
+        return f"/somewhere/{self.n}/{uri}|1|2" if uri != "0003" else ""
+
+    def key(self, uri):
+        self.hashed += 1
+        return content_key(uri.encode())
+
+
+def test_keys_are_hashed_once_and_again_when_a_file_may_have_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = CountingSource(10)
+    first = content_keys(source, source.list(), threads=2)
+    assert source.hashed == 10
+    assert content_keys(source, source.list(), threads=2) == first
+    assert source.hashed == 11  # only the one that has no stamp
+
+
+def test_a_damaged_or_unwritable_cache_costs_time_only(tmp_path):
+    (tmp_path / "keys.sqlite").write_bytes(b"garbage" * 100)
+    for path in (tmp_path / "keys.sqlite", tmp_path / "keys.sqlite" / "below" / "a-file"):
+        cache = HashCache(path)
+        cache.add([("stamp", "key")])
+        assert cache.known(["stamp", "other"]) == {"stamp": "key"}
+        cache.close()
