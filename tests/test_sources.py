@@ -39,10 +39,8 @@ def test_tar_members_are_read_by_offset_and_never_unpacked(tmp_path):
         add(tar, "device.png", type=tarfile.CHRTYPE)
         add(tar, "b.png", PNGS[3])
     source = TarSource(path)
-    assert source.list() == sorted(
-        ["b.png", "b.png#2", "../../escape.png", "/etc/absolute.png"]
-        + ["link.png", "hard.png", "device.png"]
-    )
+    strange = ["../../escape.png", "/etc/absolute.png", "link.png", "hard.png", "device.png"]
+    assert source.list() == sorted(["b.png", "b.png#2", *strange])
     assert source.read("b.png") == PNGS[0]
     assert source.read("b.png#2") == PNGS[3]
     assert source.read("../../escape.png") == PNGS[1]
