@@ -21,7 +21,7 @@ LOG_SCALE_RANGE = (-6.0, 3.0)  # Laplace scale of log depth between 0.0025 and 2
 START_DEPTH_M = 3.0  # what an untrained depth head says
 START_ANGLE_DEG = 20.0  # and an untrained normals uncertainty
 
-Image = Float[Tensor, "b c h w"]
+Image = Float[Tensor, "b _c _h _w"]  # channels and size change on the way: only b is bound
 
 
 class SubPixel(nn.Module):
