@@ -1,7 +1,9 @@
 """``student.safetensors``: weights, plain-JSON config and provenance in one file; never a pickle.
 
-Layout: a safetensors file whose ``__metadata__`` holds ``format`` = "dense-distill student 1",
-``config`` (the arguments of `Student`) and ``provenance`` (what it was trained on), both JSON.
+Layout: a safetensors file whose ``__metadata__`` has one entry, ``student``: JSON with ``format`` =
+"dense-distill student 1", ``config`` (the arguments of `Student`) and ``provenance`` (what it was
+trained on). One entry, because the library writes several in random order: equal students are
+equal bytes.
 """
 
 from __future__ import annotations
@@ -63,12 +65,8 @@ def save_student(model: Student, path: str | Path, provenance: dict[str, Any]) -
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise CheckpointError(f"refusing to write {path}: not finite: {', '.join(bad[:5])}")
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(model.config, sort_keys=True),
-        "provenance": json.dumps(provenance, sort_keys=True),
-    }
-    write_atomic(path, to_bytes(state, metadata=metadata))
+    about = {"format": FORMAT, "config": model.config, "provenance": provenance}
+    write_atomic(path, to_bytes(state, metadata={"student": json.dumps(about, sort_keys=True)}))
 
 
 def _not_ours(path: Path, found: str) -> CheckpointError:
@@ -104,16 +102,16 @@ def load_student(path: str | Path) -> Student:
         raise CheckpointError(f"checkpoint {path}: {what}; expected RUN/student.safetensors")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                found = metadata.get("format", "a safetensors file without our metadata")
+            about = json.loads((file.metadata() or {}).get("student", "{}"))
+            if about.get("format") != FORMAT:
+                found = about.get("format", "a safetensors file without our metadata")
                 raise _not_ours(path, f"its format is {found!r}, not {FORMAT!r}")
             state = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise _not_ours(path, f"{_describe_foreign(path)}: {error}") from error
     try:
-        model = Student(**json.loads(metadata["config"]))
-        model.provenance = json.loads(metadata["provenance"])
+        model = Student(**about["config"])
+        model.provenance = about["provenance"]
         model.load_state_dict(state, strict=True)
     except (KeyError, TypeError, ValueError, StudentError, RuntimeError) as error:
         raise _not_ours(path, f"its config and its weights do not fit: {error}") from error
