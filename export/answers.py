@@ -67,9 +67,18 @@ def batches(
 
 
 def run_artefact(
-    path: Path, keys: Sequence[str], folder: Path, *, batch: int, provider: str, threads: int | None
+    path: Path,
+    keys: Sequence[str],
+    folder: Path,
+    *,
+    batch: int,
+    provider: str,
+    threads: int | None,
+    question: bool = True,
 ) -> dict[str, Any]:
     """Answer the saved inputs with one artefact; returns what ``run.json`` then holds.
+
+    ``question``: whether its `consistency` is asked as well (needless for the reference).
 
     A file that cannot be opened or run is a result too: ``error`` says what happened.
     """
@@ -96,7 +105,8 @@ def run_artefact(
                 _save(target, part, answers)
             facts["wall_s"] = round(time.perf_counter() - begun, 3)
             facts["runtime"] = runtime.facts
-            facts["consistency"] = consistency(runtime, keys, folder, batch=batch)
+            if question:
+                facts["consistency"] = consistency(runtime, keys, folder, batch=batch)
             facts["dark"] = _save_dark(runtime, keys, folder, target)
     except ArtefactError as error:
         facts["error"] = str(error)

@@ -12,7 +12,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-UNKNOWN, SKY = (0, 0, 0), (255, 255, 255)
+UNKNOWN, SKY, NO_ERROR = (0, 0, 0), (255, 255, 255), (150, 150, 150)
 DEPTH_MAP, ERROR_MAP = "turbo_r", "inferno"
 
 
@@ -24,12 +24,12 @@ def table(name: str) -> np.ndarray:
     return (colormaps[name](np.arange(256))[:, :3] * 255 + 0.5).astype(np.uint8)
 
 
-def _paint(share: np.ndarray, name: str) -> np.ndarray:
+def _paint(share: np.ndarray, name: str, unknown: tuple[int, int, int] = UNKNOWN) -> np.ndarray:
     """Shares in [0, 1] (NaN: unknown) -> uint8 [H, W, 3]."""
     known = np.isfinite(share)
     index = (np.clip(np.where(known, share, 0), 0, 1) * 255).astype(np.uint8)
     picture = table(name)[index]
-    picture[~known] = UNKNOWN
+    picture[~known] = unknown
     return picture
 
 
@@ -70,8 +70,8 @@ def classes_picture(ids: np.ndarray) -> np.ndarray:
 
 
 def share_picture(values: np.ndarray, top: float) -> np.ndarray:
-    """Non-negative values [H, W], 0 is black-violet, ``top`` and more light yellow."""
-    return _paint(np.where(np.isposinf(values), 1.0, values / top), ERROR_MAP)
+    """Non-negative values [H, W]: 0 black, ``top`` and more light yellow, unknown (NaN) grey."""
+    return _paint(np.where(np.isposinf(values), 1.0, values / top), ERROR_MAP, NO_ERROR)
 
 
 def with_scale(picture: np.ndarray, labels: tuple[str, str], name: str) -> np.ndarray:

@@ -13,11 +13,12 @@ from export.answers import INPUTS, load
 from export.judge import Judge, lookup
 from export.letterbox import Letterbox
 from export.onnx_graph import REFERENCE
-from export.parity import gap
+from export.parity import TASK_OF, gap
 from teacher.label import Label, Task
 from teacher.metrics import angles_deg
 
 PICTURED_IMAGES, PICTURED_ARTEFACTS = 12, 2
+MISSED = "MISSED"
 COLUMNS = {  # metric -> heading, format
     "depth.delta1": ("depth δ1 ↑", "{:.3f}"),
     "depth.abs_rel": ("AbsRel ↓", "{:.3f}"),
@@ -26,6 +27,11 @@ COLUMNS = {  # metric -> heading, format
     "normals.mean_deg": ("normals ° ↓", "{:.1f}"),
     "normals.within_11_25": ("< 11.25° ↑", "{:.3f}"),
     "semantic.miou": ("mIoU ↑", "{:.3f}"),
+}
+NUMBERS = {
+    "depth.abs_rel": "AbsRel",
+    "normals.mean_deg": "normals °",
+    "semantic.pixel_accuracy": "pixel accuracy",
 }
 NAMES = {REFERENCE: "student (torch)", "teacher": "teacher"}
 Row = Sequence[str]
@@ -54,16 +60,23 @@ def score_table(result: Mapping[str, Any]) -> list[Row]:
 
 def parity_table(result: Mapping[str, Any]) -> list[Row]:
     """Heading and rows: artefact, output, measures against budgets, verdict."""
-    rows: list[Row] = [["artefact", "output", "unit", "p99.9", "max", "mean", "itself", "verdict"]]
+    rows: list[Row] = [["artefact", "output", "unit", "p99.9", "max", "mean", "itself"]]
+    rows[0] = [*rows[0], "budgets", "verdict"]
     missed = {(f["artefact"], f["measure"].split(" ")[0]) for f in result["findings"]}
     for name, table in result["artefacts"].items():
         for output, summary in table["parity"].items():
             own = list(table["consistency"][output].values())
             itself = None if None in own else max(own)
             values = [summary.get(m) for m in ("p999", "max", "mean")]
-            verdict = "MISSED" if (name, output) in missed else "ok"
+            verdict = MISSED if (name, output) in missed else "ok"
             cells = [_cell(v, "{:.1e}") for v in (*values, itself)]
-            rows.append([name, output, summary["unit"], *cells, verdict])
+            precision = result["runs"][name]["precision"]
+            limits = result["budgets"][TASK_OF[output]][precision]["parity"][output]
+            allowed = " ".join(
+                f"{limits[m]:g}" if m in limits else "–"
+                for m in ("p999", "max", "mean", "consistency")
+            )
+            rows.append([name, output, summary["unit"], *cells, allowed, verdict])
     return rows
 
 
@@ -100,7 +113,7 @@ table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align:
 td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left; }
 .verdict { padding: .7rem 1rem; border-left: 6px solid #1a7f37; background: #eaf6ec;
   overflow-wrap: anywhere; }
-.verdict.bad { border-color: #b3261e; background: #fcebea; } .MISSED { color: #b3261e;
+.verdict.bad { border-color: #b3261e; background: #fcebea; } .missed { color: #b3261e;
   font-weight: 600; } li { overflow-wrap: anywhere; }
 .row { display: flex; flex-wrap: wrap; gap: 6px; margin: 4px 0; }
 figure { margin: 0; width: 190px; } figure img { width: 100%; display: block; }
@@ -113,7 +126,9 @@ figcaption { font-size: 12px; color: #444; }
 
 def _html_table(rows: list[Row]) -> str:
     def line(cells: Row, tag: str) -> str:
-        return "".join(f'<{tag} class="{escape(c)}">{escape(c)}</{tag}>' for c in cells)
+        return "".join(
+            f"<{tag}{' class=missed' if c == MISSED else ''}>{escape(c)}</{tag}>" for c in cells
+        )
 
     body = "".join(f"<tr>{line(r, 'td')}</tr>" for r in rows[1:])
     return f"<table><tr>{line(rows[0], 'th')}</tr>{body}</table>"
@@ -152,7 +167,9 @@ def html(result: Mapping[str, Any], judge: Judge) -> str:
 <h2>Artefacts against the torch student, and against themselves</h2>
 {_html_table(parity_table(result))}
 {f"<h2>Missed budgets</h2><ul>{findings}</ul>" if findings else ""}
-<h2>Pictures: {len(keys)} of {len(result["keys"])} images, worst first</h2>{images}
+<h2>Pictures: {len(keys)} of {len(result["keys"])} images, worst first</h2>
+<p><small>Depth and normals: black is unknown, white is sky. Errors and differences: grey is
+unknown.</small></p>{images}
 <h2>How it was measured</h2>
 <p>{escape(protocol)}. Labels: {escape(result["labels"])}.</p><ul>{runs}</ul>
 </body></html>
@@ -187,10 +204,10 @@ def _image(key: str, result: Mapping[str, Any], judge: Judge) -> str:
     numbers = []
     for against, report in result["scores"][REFERENCE].items():
         row: dict = next((r for r in report["rows"] if r["key"] == key), {})
-        for metric in ("depth.abs_rel", "normals.mean_deg", "semantic.pixel_accuracy"):
+        for metric, heading in NUMBERS.items():
             block, number = metric.split(".")
             if row.get(block, {}).get(number) is not None:
-                numbers.append(f"{metric} {row[block][number]:.3g} vs {against}")
+                numbers.append(f"{heading} {row[block][number]:.3g} vs {against}")
     rows = "".join(
         f'<div class="row">{"".join(figures)}</div>{legend}'
         for task in judge.tasks
@@ -225,7 +242,9 @@ def _task(
     for name, label in labels.items():
         if name in known:
             error, top = error_map(task, judge.answers_for(REFERENCE, label)[task], known[name])
-            figures.append(_figure(pictures.share_picture(error, top), f"student's error: {name}"))
+            figures.append(
+                _figure(pictures.share_picture(error, top), f"student's error against {name}")
+            )
     for name in artefacts:
         figures.append(_figure(_gap_picture(task, key, name, judge), f"{name} − student"))
     legend = {

@@ -99,7 +99,13 @@ def verify(
             save_inputs(held_out, keys, runtime.card, answers)
         for name in names:
             run_artefact(
-                source / name, keys, answers, batch=batch, provider=provider, threads=threads
+                source / name,
+                keys,
+                answers,
+                batch=batch,
+                provider=provider,
+                threads=threads,
+                question=name != REFERENCE,
             )
     runs = {name: read_run(answers / name, source / name, keys) for name in names}
     student = runs[REFERENCE]

@@ -36,7 +36,7 @@ def picture(seed: int, height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     image = np.zeros((height, width, 3))
     for _ in range(6):
-        fx, fy, phase = rng.normal(0, 6, 2).tolist() + [rng.uniform(0, 6)]
+        fx, fy, phase = [*rng.normal(0, 6, 2).tolist(), rng.uniform(0, 6)]
         image += np.sin(fx * x + fy * y + phase)[..., None] * rng.uniform(0, 40, 3)
     for _ in range(4):
         top, left = rng.integers(0, height - 8), rng.integers(0, width - 8)

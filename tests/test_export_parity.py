@@ -1,0 +1,72 @@
+"""Distances between answers, worked by hand in each output's unit."""
+
+import math
+
+import numpy as np
+import pytest
+
+from export.parity import gap, margin, measures, summarise, worst_gap
+
+
+def test_depth_is_relative_to_the_student():
+    found, expected = np.full((1, 2, 2), 2.002), np.full((1, 2, 2), 2.0)
+    np.testing.assert_allclose(gap("depth", found, expected), 1e-3)
+    np.testing.assert_allclose(gap("depth", expected, found), 0.002 / 2.002)
+
+
+@pytest.mark.parametrize("angle_deg", [0.0, 1e-4, 0.5, 90.0, 180.0])
+def test_normals_are_angles_even_tiny_ones(angle_deg):
+    angle = math.radians(angle_deg)
+    a = np.array([math.sin(angle), 0.0, math.cos(angle)]).reshape(1, 3, 1, 1)
+    b = np.array([0.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
+    assert gap("normals", a, b)[0, 0, 0] == pytest.approx(angle_deg, rel=1e-9, abs=1e-12)
+
+
+def test_a_normal_that_lost_its_length_is_seen():
+    b = np.array([0.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
+    assert gap("normals", 0.5 * b, b)[0, 0, 0] > 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["depth", "sky", "normals_uncertainty"])
+def test_one_value_that_is_not_finite_is_infinitely_far(name, bad):
+    found = np.ones((1, 10, 10), np.float32)
+    found[0, 3, 3] = bad
+    row = measures(name, found[0], np.ones((10, 10), np.float32))
+    assert row["max"] == math.inf and row["mean"] == math.inf
+    assert worst_gap(name, found, np.ones_like(found)) == math.inf
+
+
+def test_both_not_finite_is_no_agreement():
+    nan = np.full((1, 2, 2), np.nan)
+    assert np.isinf(gap("depth", nan, nan)).all()
+
+
+def test_p999_is_the_value_that_one_pixel_in_a_thousand_exceeds():
+    found = np.ones((100, 100))
+    found.flat[:10] = 3.0  # exactly 0.1 %: still within
+    found.flat[10] = 2.0
+    row = measures("sky", found, np.ones((100, 100)))
+    assert row == {"max": 2.0, "p999": 1.0, "mean": pytest.approx((10 * 2 + 1) / 1e4)}
+
+
+def test_flips_at_ties_are_counted_apart():
+    expected = np.zeros((2, 5), np.int32)
+    found = expected.copy()
+    found[0, :3] = 1
+    ties = np.zeros((2, 5), bool)
+    ties[0, 0] = True
+    assert measures("semantic", found, expected, ties) == {"mean": 0.2, "tie_flips": 0.1}
+
+
+def test_margin_of_known_probabilities():
+    probabilities = np.array([0.5, 0.3, 0.2]).reshape(1, 3, 1, 1)
+    assert margin(np.log(probabilities) + 5)[0, 0, 0] == pytest.approx(0.2)
+
+
+def test_summary_names_the_worst_image():
+    rows = [
+        ("a", {"max": 1.0, "p999": 0.1, "mean": 0.02}),
+        ("b", {"max": 0.5, "p999": 0.3, "mean": 0.04}),
+    ]
+    assert summarise(rows) == {"max": 1.0, "p999": 0.3, "mean": 0.03, "worst_image": "b"}

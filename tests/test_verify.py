@@ -1,0 +1,294 @@
+"""`distill verify`: a good artefact passes; each planted fault is refused by task and measure."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from export_cases import make_labels, make_student
+from onnx import helper, numpy_helper
+
+from export.onnx_graph import export_student
+from export.verify import default_budgets, spread, verify
+from teacher.errors import UsageError
+from teacher.label import Task
+
+TASKS = ("depth", "normals", "semantic")
+
+
+def ten_percent_far(label):
+    label.values[Task.DEPTH] = (label.values[Task.DEPTH] * 1.1).astype(np.float32)
+    return label
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with an export, a truth, and a teacher that sees everything 10 % too far."""
+    root = tmp_path_factory.mktemp("verify")
+    make_student(root / "student.safetensors", tasks=TASKS)
+    export_student(checkpoint=str(root / "student.safetensors"), out=str(root / "export"))
+    make_labels(root / "truth", n=3, tasks=TASKS)
+    make_labels(root / "labels", n=3, tasks=TASKS, teacher="mini", change=ten_percent_far)
+    return root
+
+
+@pytest.fixture(scope="module")
+def passed(work):
+    return verify(
+        export=str(work / "export"), labels=str(work / "labels"), truth=str(work / "truth"), batch=2
+    )
+
+
+def report_of(work, name="export"):
+    return json.loads((work / name / "verify" / "report.json").read_text())
+
+
+def test_a_good_export_passes(work, passed):
+    assert passed["exit"] == 0 and "within every budget on 3 images" in passed["summary"]
+    report = report_of(work)
+    parity = report["artefacts"]["student.onnx"]["parity"]
+    assert set(parity) == set(report["runs"]["student.safetensors"]["outputs"])
+    assert parity["depth"]["p999"] < 1e-4 and parity["normals"]["p999"] < 0.01
+    assert report["runs"]["student.onnx"]["runtime"]["providers"] == ["CPUExecutionProvider"]
+
+
+def test_teacher_and_student_stand_under_one_ruler(work, passed):
+    scores = report_of(work)["scores"]
+    # 10 % too far everywhere: AbsRel is 0.1 by definition, and every ratio is below 1.25
+    assert scores["teacher"]["truth"]["mean"]["depth"]["abs_rel"] == pytest.approx(0.1, abs=1e-3)
+    assert scores["teacher"]["truth"]["mean"]["depth"]["delta1"] == 1
+    for who in ("student.safetensors", "student.onnx"):
+        assert set(scores[who]) == {"teacher", "truth"}
+        assert scores[who]["truth"]["mean"]["normals"]["mean_deg"] > 5
+
+
+def test_the_three_reports_tell_the_same(work, passed):
+    folder = work / "export" / "verify"
+    text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    number = f"{report_of(work)['scores']['student.onnx']['truth']['mean']['depth']['abs_rel']:.3f}"
+    for content in (text, page):
+        assert number in content and "within every budget" in content and "teacher" in content
+    assert page.count("data:image/") >= 3 * 10 and "http" not in page.replace("http-equiv", "")
+
+
+def test_judging_again_runs_nothing_and_agrees(work, passed, monkeypatch):
+    first = report_of(work)
+    monkeypatch.setattr("export.verify.run_artefact", None)
+    monkeypatch.setattr("export.verify.open_runtime", None)
+    again = verify(
+        export=str(work / "export"),
+        labels=str(work / "labels"),
+        truth=str(work / "truth"),
+        rerun=False,
+    )
+    assert again["exit"] == 0 and report_of(work)["scores"] == first["scores"]
+    with pytest.raises(UsageError, match=r"of another student\.safetensors or of other images"):
+        verify(export=str(work / "export"), labels=str(work / "labels"), rerun=False, limit=2)
+
+
+# -- planted faults ----------------------------------------------------------------------------
+
+
+def after(model, name, node_type, *extra):
+    """Rename output ``name`` and put ``node_type(old, *extra)`` in its place."""
+    for node in model.graph.node:
+        node.output[:] = [f"{name}_0" if o == name else o for o in node.output]
+        node.input[:] = [f"{name}_0" if i == name else i for i in node.input]
+    model.graph.node.append(helper.make_node(node_type, [f"{name}_0", *extra], [name]))
+
+
+def constant(model, name, values):
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+    return name
+
+
+def scaled_depth(model):
+    after(model, "depth", "Mul", constant(model, "k", np.float32(1.02)))
+
+
+def mirrored_normals(model):
+    signs = np.array([-1, 1, 1], np.float32).reshape(1, 3, 1, 1)
+    after(model, "normals", "Mul", constant(model, "k", signs))
+
+
+def swapped_classes(model):
+    table = np.arange(8, dtype=np.int32)
+    table[[1, 3]] = 3, 1
+    after(model, "semantic", "Identity")
+    node = model.graph.node[-1]
+    node.op_type, node.input[:] = "Gather", [constant(model, "k", table), "semantic_0"]
+
+
+def unsure_sky(model):
+    after(model, "sky", "Mul", constant(model, "k", np.float32(0.97)))
+
+
+def wrong_when_two(model):
+    """Right for every number of images but two."""
+    nodes = [
+        helper.make_node("Shape", ["focal_px"], ["n"]),
+        helper.make_node("Equal", ["n", constant(model, "two", np.array([2]))], ["is_two"]),
+        helper.make_node("Cast", ["is_two"], ["is_two_f"], to=1),
+        helper.make_node("Mul", ["is_two_f", constant(model, "a", np.float32(0.1))], ["extra"]),
+        helper.make_node("Add", ["extra", constant(model, "one", np.float32(1))], ["factor"]),
+    ]
+    model.graph.node.extend(nodes)
+    after(model, "depth", "Mul", "factor")
+
+
+def not_a_number_in_the_dark(model):
+    """0 / 0 where an image is black all over."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["image_f"], to=1),
+        helper.make_node(
+            "ReduceMax",
+            ["image_f", constant(model, "axes", np.array([1, 2, 3]))],
+            ["top"],
+            keepdims=0,
+        ),
+        helper.make_node("Div", ["top", "top"], ["one"]),
+        helper.make_node(
+            "Unsqueeze", ["one", constant(model, "axes2", np.array([1, 2]))], ["one_map"]
+        ),
+    ]
+    model.graph.node.extend(nodes)
+    after(model, "depth", "Mul", "one_map")
+
+
+FAULTS = {
+    scaled_depth: r"student.onnx: depth: depth p999 is 0.02 relative, budget 0.001",
+    mirrored_normals: r"student.onnx: normals: normals p999 is [\d.]+ degrees, budget 0.5",
+    swapped_classes: r"student.onnx: semantic: semantic mean is [\d.]+ share of pixels",
+    unsure_sky: r"student.onnx: depth: sky p999 is 0.0\d+ probability, budget 0.001",
+    wrong_when_two: r"student.onnx: depth: depth other_batch is 0.\d+ relative, budget 0.001",
+    not_a_number_in_the_dark: r"depth p999 \(dark\) is not finite relative, .* image covered-lens",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_planted_faults_are_refused_by_task_and_measure(work, tmp_path, fault):
+    copy = tmp_path / "export"
+    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify", "export.json"))
+    model = onnx.load(copy / "student.onnx")
+    fault(model)
+    onnx.save(model, copy / "student.onnx")
+    result = verify(export=str(copy), labels=str(work / "truth"), batch=3)
+    assert result["exit"] == 1 and result["summary"].startswith("REFUSED 1 of 1 artefacts")
+    texts = "\n".join(f["text"] for f in result["findings"])
+    assert re.search(FAULTS[fault], texts), texts
+    page = (copy / "verify" / "report.html").read_text()
+    assert "Missed budgets" in page and "MISSED" in page
+
+
+def test_task_metrics_alone_also_catch_it(work, tmp_path):
+    """With parity budgets out of the way, a teacher-agreeing student that got worse is refused."""
+    copy = tmp_path / "export"
+    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify", "export.json"))
+    model = onnx.load(copy / "student.onnx")
+    after(model, "normals", "Mul", constant(model, "k", np.float32(-1)))
+    onnx.save(model, copy / "student.onnx")
+    budgets = default_budgets()
+    for task in budgets.values():
+        for measures in task["fp32"]["parity"].values():
+            measures.update(dict.fromkeys(measures, 1e9))
+    labels = make_labels(tmp_path / "own", n=2, tasks=TASKS, change=backward)
+    result = verify(export=str(copy), labels=str(labels.path), budgets=budgets)
+    assert result["exit"] == 1
+    assert "normals: loss of normals.mean_deg against the truth is" in result["summary"]
+
+
+def backward(label):
+    """Normals that an untrained student, which looks at the viewer, has nearly right."""
+    label.values[Task.NORMALS][:] = (0, 0, 1)
+    return label
+
+
+def test_changed_stale_and_broken_files_are_refused(work, tmp_path):
+    copy = tmp_path / "export"
+    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify"))
+    model = onnx.load(copy / "student.onnx")
+    for entry in model.metadata_props:
+        if entry.key.endswith("student_sha256"):
+            entry.value = '"0000"'
+    onnx.save(model, copy / "student.onnx")
+    (copy / "broken.onnx").write_bytes(b"\x08\x01 nonsense")
+    result = verify(export=str(copy), labels=str(work / "truth"), tasks=["depth"])
+    texts = {(f["artefact"], f["measure"]) for f in result["findings"]}
+    assert texts == {
+        ("student.onnx", "sha256"),
+        ("student.onnx", "sha256 of its student"),
+        ("broken.onnx", "runs"),
+    }
+    assert result["exit"] == 1
+
+
+def test_bad_use(work, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UsageError, match=r"found no student\.safetensors there"):
+        verify(export=str(tmp_path / "nothing"), labels=str(work / "labels"))
+    with pytest.raises(UsageError, match=r"not a label set|no such folder"):
+        verify(export=str(work / "export"), labels=str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match=r"the student answers .*not \['flow'\]"):
+        verify(
+            export=str(work / "export"),
+            labels=str(work / "labels"),
+            tasks=["flow"],
+            rerun=False,
+            truth=str(work / "truth"),
+        )
+    make_labels(tmp_path / "others", n=1, change=rename)
+    with pytest.raises(UsageError, match=r"none of the 3 held-out images is in it"):
+        verify(
+            export=str(work / "export"),
+            labels=str(work / "labels"),
+            rerun=False,
+            truth=str(tmp_path / "others"),
+        )
+    with pytest.raises(UsageError, match=r"already holds the truth's answers"):
+        verify(
+            export=str(work / "export"), labels=str(work / "truth"), truth=str(tmp_path / "others")
+        )
+
+
+def rename(label):
+    label.key = "stranger"
+    return label
+
+
+def test_an_output_without_a_budget_is_an_error_and_no_pass(work, passed):
+    budgets = default_budgets()
+    del budgets["depth"]["fp32"]["parity"]["sky"]
+    with pytest.raises(UsageError, match=r"no parity for output sky under depth\.fp32"):
+        verify(
+            export=str(work / "export"),
+            labels=str(work / "labels"),
+            truth=str(work / "truth"),
+            rerun=False,
+            budgets=budgets,
+        )
+
+
+def test_spread_is_even():
+    assert spread(list("abcdefghij"), 3) == ["a", "d", "g"]
+    assert spread(list("ab"), 3) == ["a", "b"] and spread(list("ab"), None) == ["a", "b"]
+
+
+def test_config_keys_are_the_arguments():
+    import inspect
+
+    from hydra import compose, initialize_config_module
+
+    from export.predict import predict
+
+    with initialize_config_module("conf", version_base="1.3"):
+        for verb, function in (
+            ("verify", verify),
+            ("export", export_student),
+            ("predict", predict),
+        ):
+            assert set(compose(verb)) == set(inspect.signature(function).parameters), verb
+        from omegaconf import OmegaConf
+
+        assert OmegaConf.to_container(compose("verify").budgets) == default_budgets()
