@@ -52,13 +52,14 @@ class Conductor(L.Callback):
         self.bar = tqdm(
             total=100, desc="train", bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}"
         )
-        self.handlers: dict[int, Any] = {}
+        self.originals = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close them, and give the signals back."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.originals.items():
+                signal.signal(number, handler)
         self.bar.close()
         self.journal.close()
 
@@ -67,7 +68,7 @@ class Conductor(L.Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.handlers[number] = signal.signal(number, self._on_signal)
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: object) -> None:
         if self.signal:  # asked twice: do not wait for the step

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 
@@ -55,7 +56,7 @@ def _create(name: str, *, pretrained: bool, weights: str, options: dict[str, Any
         overlay = {"pretrained": True}
     try:
         return timm.create_model(name, features_only=True, **options, **overlay)
-    except (RuntimeError, AttributeError, NotImplementedError, OSError, ValueError) as error:
+    except (RuntimeError, AttributeError, OSError, ValueError, SafetensorError) as error:
         if overlay:
             raise _unavailable(name, error) from error
         raise StudentError(

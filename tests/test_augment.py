@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+
+from distill.augment import (
+    GREY,
+    Window,
+    letterbox,
+    mirrored_normals,
+    photometric,
+    random_window,
+    sample_rng,
+)
+from export.letterbox import GREY as EXPORT_GREY
+from export.letterbox import Letterbox
+from teacher.label import Camera
+
+
+def test_half_size_takes_the_source_pixel_under_each_centre():
+    values = np.arange(16, dtype=np.float32).reshape(4, 4)
+    window = Window(left=0, top=0, factor=0.5, height=2, width=2)
+    # the centre of output pixel 0 lies at source border coordinate 1.0: pixel 1
+    assert window.labels(values, np.nan).tolist() == [[5, 7], [13, 15]]
+
+
+def test_double_size_repeats_every_pixel():
+    values = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    window = Window(left=0, top=0, factor=2, height=4, width=4)
+    assert window.labels(values, np.nan).tolist() == np.kron(values, np.ones((2, 2))).tolist()
+
+
+def test_outside_the_source_is_grey_and_unknown():
+    image = np.full((2, 2, 3), 200, np.uint8)
+    window = Window(left=-1, top=0, factor=1, height=2, width=4)
+    assert (window.image(image)[:, 1:3] == 200).all()
+    assert (window.image(image)[:, [0, 3]] == GREY).all()
+    depth = window.labels(np.ones((2, 2), np.float32), np.nan)
+    assert np.isnan(depth).tolist() == [[True, False, False, True]] * 2
+    far = Window(left=50, top=50, factor=1, height=2, width=2)
+    assert (far.image(image) == GREY).all()
+    assert np.isnan(far.labels(np.ones((2, 2)), np.nan)).all()
+
+
+def test_labels_are_never_mixed():
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((37, 53)) < 0.5, 1.0, 100.0).astype(np.float32)
+    for _ in range(50):
+        window = random_window(rng, (37, 53), (32, 48))
+        got = np.unique(window.labels(values, np.nan))
+        assert set(got[~np.isnan(got)].tolist()) <= {1.0, 100.0}
+
+
+def test_image_labels_and_camera_move_together():
+    rng = np.random.default_rng(1)
+    h, w = 60, 90
+    ramp_x = np.tile(np.arange(w, dtype=np.float32), (h, 1))
+    image = np.repeat((ramp_x * 2)[..., None], 3, -1).astype(np.uint8)
+    camera = Camera(fx=80, fy=82, cx=41, cy=27, width=w, height=h)
+    for _ in range(50):
+        window = random_window(rng, (h, w), (48, 64))
+        moved = window.camera(camera)
+        labels, picture = window.labels(ramp_x, np.nan), window.image(image)[..., 0] / 2.0
+        inside = ~np.isnan(labels)
+        inside[:, :1] = inside[:, -1:] = False  # the picture's border is replicated
+        # nearest label: at most half a source pixel from the true centre
+        assert np.abs(labels - picture)[inside].max() <= 0.5 + 0.5 + 0.3
+        # a ray through a pixel of the sample is the ray through the source pixel under it
+        x = np.arange(64)
+        source_x = (x + 0.5) / window.factor + window.left - 0.5
+        np.testing.assert_allclose((x - moved.cx) / moved.fx, (source_x - camera.cx) / camera.fx)
+        y = np.arange(48)
+        source_y = (y + 0.5) / window.factor + window.top - 0.5
+        np.testing.assert_allclose((y - moved.cy) / moved.fy, (source_y - camera.cy) / camera.fy)
+
+
+def plane_depth(camera: Camera, normal: np.ndarray, distance_m: float) -> np.ndarray:
+    """z-depth of the plane n . X = -distance in the frame x right, y up, z to the viewer."""
+    rays = camera.rays().astype(np.float64) * [1, -1, -1]
+    return -distance_m / (rays @ normal)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_after_every_window_depth_and_camera_still_give_the_labelled_normal(mirror):
+    rng = np.random.default_rng(2)
+    normal = np.array([0.3, 0.8, 0.5])
+    normal /= np.linalg.norm(normal)
+    camera = Camera(fx=70, fy=70, cx=30, cy=-200, width=64, height=48)  # looks down: no horizon
+    depth_m = plane_depth(camera, normal, 2.0)
+    assert (depth_m > 0).all()
+    normals = np.tile(normal.astype(np.float32), (48, 64, 1))
+    for _ in range(20):
+        window = random_window(rng, (48, 64), (48, 64))
+        d, n, c = window.labels(depth_m, np.nan), window.labels(normals, np.nan), camera
+        c = window.camera(c)
+        if mirror:
+            d, n, c = d[:, ::-1], mirrored_normals(n), c.mirrored()
+        points = (c.rays().astype(np.float64) * [1, -1, -1]) * d[..., None]
+        offset = (points * n).sum(-1)
+        # nearest labels are off by up to half a source pixel of the plane's slope
+        assert np.nanmax(np.abs(offset / -2.0 - 1)) < 0.02
+
+
+def test_mirror_negates_x_only():
+    normals = np.array([[[0.6, 0.0, 0.8], [0.0, 1.0, 0.0]]], np.float32)
+    assert mirrored_normals(normals).tolist() == [[[0, 1, 0], pytest.approx([-0.6, 0, 0.8])]]
+
+
+@pytest.mark.parametrize("source", [(48, 64), (96, 128), (100, 37), (31, 200), (480, 640), (7, 5)])
+def test_letterbox_is_the_one_that_predict_uses(source):
+    image = np.random.default_rng(0).integers(0, 256, (*source, 3), np.uint8)
+    ours, theirs = letterbox(source, (48, 64)), Letterbox.fit(source, (48, 64))
+    assert GREY == EXPORT_GREY
+    assert ours.factor == theirs.factor
+    got, want = ours.image(image).astype(int), theirs.apply(image).astype(int)
+    assert ((got == GREY).all(-1) == (want == GREY).all(-1)).mean() > 0.99
+    assert np.abs(got - want).max() <= 1
+    inside = ~np.isnan(ours.labels(np.ones(source, np.float32), np.nan))
+    assert (inside == theirs.inside()).all()
+
+
+def test_random_windows_cover_zoom_and_border_but_never_leave_the_picture():
+    rng = np.random.default_rng(3)
+    windows = [random_window(rng, (60, 90), (64, 64)) for _ in range(300)]
+    fit, fill = 64 / 90, 64 / 60
+    factors = np.array([w.factor for w in windows])
+    assert fit <= factors.min() < fill < 1.5 * fill < factors.max() <= 1.6 * fill
+    assert (factors == fill).mean() > 0.1
+    for w in windows:
+        if w.factor >= fill:  # no border needed, so none taken
+            assert 0 <= w.left <= 90 - 64 / w.factor + 1e-9
+            assert 0 <= w.top <= 60 - 64 / w.factor + 1e-9
+
+
+def test_photometric_changes_light_only_and_follows_its_generator():
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    runs = [photometric(sample_rng("k", v), image) for v in range(30)]
+    assert all(r.shape == image.shape and r.dtype == np.uint8 for r in runs)
+    assert (photometric(sample_rng("k", 4), image) == runs[4]).all()
+    means = [r.mean() for r in runs]
+    assert np.ptp(means) > 20
+    # still the same picture in the same place
+    grey = image.mean(-1).ravel()
+    assert min(np.corrcoef(grey, r.mean(-1).ravel())[0, 1] for r in runs) > 0.4

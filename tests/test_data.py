@@ -1,0 +1,167 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from analytic_scenes import CLASSES, analytic_label
+
+from distill.data import DataModule, in_validation, merged_classes, schedule, split_keys
+from distill.samples import Frame, compact, make_sample
+from teacher.errors import UsageError
+from teacher.label import Label, Task
+
+TASKS = ("depth", "normals", "semantic")
+FRAME = Frame(
+    height=48, width=64, canonical_focal_px=50.0, tasks=TASKS, class_ids=tuple(sorted(CLASSES))
+)
+
+
+class InMemory:
+    """A label set that is a dict."""
+
+    def __init__(self, labels: list[Label], classes: dict[int, str] | None = None) -> None:
+        self.labels = {label.key: label for label in labels}
+        self.keys = list(self.labels)
+        self.classes = CLASSES if classes is None else classes
+
+    def __getitem__(self, key: str) -> Label:
+        return self.labels[key]
+
+
+@pytest.fixture(scope="module")
+def scenes() -> InMemory:
+    return InMemory([analytic_label(seed) for seed in range(20)])
+
+
+def test_whole_sample_is_the_label_in_the_canonical_camera():
+    label = analytic_label(1)
+    label.uncertainty[Task.DEPTH] = np.full((48, 64), 0.25, np.float32)
+    sample = make_sample(compact(label, TASKS), FRAME, rng=None, mode="none")
+    focal_px = label.camera.fx
+    assert sample["focal_px"] == pytest.approx(focal_px)
+    want = label.values[Task.DEPTH] * 50 / focal_px  # D f_c / f
+    np.testing.assert_allclose(sample["depth"][0], want, rtol=1e-3)
+    assert (np.isposinf(sample["depth"][0]) == np.isposinf(want)).all()
+    truth = label.values[Task.NORMALS].transpose(2, 0, 1)
+    np.testing.assert_allclose(sample["normals"], truth, atol=1e-3)
+    np.testing.assert_allclose(sample["image"] * 255, label.image.transpose(2, 0, 1), atol=1e-3)
+    ids = label.values[Task.SEMANTIC].astype(int)
+    assert (sample["semantic"] == np.where(ids == 255, -1, ids)).all()
+    assert (sample["depth_uncertainty"] == 0.25).all()
+    assert np.isnan(sample["normals_uncertainty"]).all()
+
+
+def test_zooming_a_picture_moves_its_canonical_depth():
+    label = analytic_label(4, height=96, width=128)
+    sample = make_sample(compact(label, TASKS), FRAME, rng=None, mode="none")
+    assert sample["focal_px"] == pytest.approx(label.camera.fx / 2)
+    want = label.values[Task.DEPTH][1::2, 1::2] * 50 / (label.camera.fx / 2)
+    np.testing.assert_allclose(sample["depth"][0], want, rtol=1e-3)
+
+
+def test_what_a_label_lacks_is_unknown_everywhere():
+    label = dataclasses.replace(analytic_label(1), values={})
+    sample = make_sample(compact(label, TASKS), FRAME, rng=np.random.default_rng(0), mode="strong")
+    assert np.isnan(sample["depth"]).all() and np.isnan(sample["normals"]).all()
+    assert (sample["semantic"] == -1).all()
+
+
+def test_classes_without_a_channel_are_unknown_and_ids_map_in_order():
+    label = analytic_label(1)
+    label.values[Task.SEMANTIC] = np.full((48, 64), 9, np.uint16)
+    label.values[Task.SEMANTIC][:10] = 300
+    label.values[Task.SEMANTIC][40:] = 65535
+    frame = dataclasses.replace(FRAME, class_ids=(2, 300))
+    sample = make_sample(compact(label, TASKS), frame, rng=None, mode="none")
+    assert (sample["semantic"][:10] == 1).all() and (sample["semantic"][10:] == -1).all()
+
+
+def test_split_by_hash_never_moves_and_never_shares():
+    keys = [f"key{i}" for i in range(4000)]
+    train, held = split_keys(keys + keys[:50], 0.1)
+    assert not set(train) & set(held) and len(train) + len(held) == 4000
+    assert 330 < len(held) < 470
+    _, held_of_fewer = split_keys(keys[:2000], 0.1)
+    assert set(held_of_fewer) <= set(held)
+    assert split_keys(keys, 0.0)[1] == []
+    none_below = [k for k in keys if not in_validation(k, 0.001)][:5]
+    assert len(split_keys(none_below, 0.001)[1]) == 1
+    assert split_keys(keys[:1], 0.5)[0] or split_keys(keys[:1], 0.5)[1]
+
+
+def test_schedule_sees_everything_once_per_visit_and_keeps_its_beginning():
+    plan = schedule([7, 5], [1, 3], count=4000, seed=3)
+    assert (plan[:500] == schedule([7, 5], [1, 3], count=500, seed=3)).all()
+    assert (plan[:, 0] == 1).mean() == pytest.approx(0.75, abs=0.03)
+    for s, size in ((0, 7), (1, 5)):
+        rows = plan[plan[:, 0] == s]
+        for visit in range(20):
+            seen = rows[rows[:, 2] == visit][:, 1]
+            assert sorted(seen.tolist()) == list(range(size))
+    assert (schedule([7, 5], [1, 3], count=500, seed=4) != plan[:500]).any()
+    assert set(schedule([7, 5], [0, 2], count=100, seed=0)[:, 0].tolist()) == {1}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(
+        torch.equal(a[k].nan_to_num(-7), b[k].nan_to_num(-7)) for k in a
+    )
+
+
+def test_batches_do_not_depend_on_threads_or_on_where_one_starts(scenes):
+    def batches(threads: int, start: int) -> list[dict[str, torch.Tensor]]:
+        data = DataModule([scenes], frame=FRAME, batch_size=4, threads=threads, seed=5)
+        return list(data.train_batches(steps=12, start=start))
+
+    whole = batches(1, 0)
+    assert len(whole) == 12 and whole[0]["image"].shape == (4, 3, 48, 64)
+    assert all(equal(a, b) for a, b in zip(whole, batches(4, 0), strict=True))
+    assert all(equal(a, b) for a, b in zip(whole[7:], batches(2, 7), strict=True))
+    assert not equal(whole[0], whole[1])
+
+
+def test_a_second_visit_looks_different(scenes):
+    data = DataModule([scenes], frame=FRAME, batch_size=4, val_share=0.0)
+    a, b = data._train_sample(0, 3, 0), data._train_sample(0, 3, 1)
+    assert (a["image"] != b["image"]).mean() > 0.5
+
+
+def test_the_same_image_in_two_sets_stays_on_one_side(scenes):
+    other = InMemory([analytic_label(seed) for seed in range(10, 30)])
+    data = DataModule([scenes, other], frame=FRAME, val_share=0.3)
+    trained = set(data.train[0]) | set(data.train[1])
+    held = {key for _, key in data.val}
+    assert held and not trained & held and len(trained | held) == 30
+    images = sum(batch["image"].shape[0] for batch in data.val_batches())
+    assert images == len(held)
+
+
+def test_an_unreadable_sample_is_raised_in_its_turn(scenes):
+    class Broken(InMemory):
+        def __getitem__(self, key: str) -> Label:
+            raise UsageError(f"shard-000000.tar: sample {key} unreadable")
+
+    data = DataModule([Broken(list(scenes.labels.values()))], frame=FRAME, threads=2)
+    with pytest.raises(UsageError, match="unreadable"):
+        next(iter(data.train_batches(steps=3)))
+
+
+def test_the_cache_is_bounded_and_changes_nothing(scenes, monkeypatch):
+    cached = DataModule([scenes], frame=FRAME, batch_size=4)
+    want = list(cached.train_batches(steps=6))
+    monkeypatch.setattr("distill.data.CACHE_BYTES", 100_000)
+    small = DataModule([scenes], frame=FRAME, batch_size=4)
+    assert all(equal(a, b) for a, b in zip(want, small.train_batches(steps=6), strict=True))
+    assert len(cached._cache) == len(cached.train[0])
+    assert 0 < len(small._cache) * small.record(0, scenes.keys[0]).nbytes <= 100_000
+
+
+def test_bad_uses_are_explained(scenes):
+    with pytest.raises(UsageError, match=r"expected 1 number\(s\) >= 0"):
+        DataModule([scenes], frame=FRAME, weights=[1, 2])
+    with pytest.raises(UsageError, match="expected one of strong, geometry, none"):
+        DataModule([scenes], frame=FRAME, augment="wild")
+    with pytest.raises(UsageError, match=r"0 labelled image.* none left for training"):
+        DataModule([InMemory([])], frame=FRAME)
+    with pytest.raises(UsageError, match="class 1 is 'wall' in one label set and 'door'"):
+        merged_classes([scenes, InMemory([], {1: "door"})])

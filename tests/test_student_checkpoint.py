@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from student.checkpoint import CheckpointError, load_student, save_student, write_atomic
+from student.model import Student
+
+
+def small_student() -> Student:
+    torch.manual_seed(1)
+    return Student(backbone="test_efficientnet", height=32, width=64).eval()
+
+
+def test_round_trip_is_exact_and_describes_itself(tmp_path):
+    model, path = small_student(), tmp_path / "student.safetensors"
+    save_student(model, path, {"data": ["a"], "steps": 3})
+    again = load_student(path)
+    image = torch.rand(1, 3, 32, 64)
+    for name, value in model(image).items():
+        assert torch.equal(again(image)[name], value)
+    assert again.config == model.config and not again.training
+    assert again.provenance == {"data": ["a"], "steps": 3}
+    first = path.read_bytes()
+    save_student(model, path, {"steps": 3, "data": ["a"]})
+    assert path.read_bytes() == first
+
+
+def damaged(path: Path, tmp_path: Path, kind: str) -> Path:
+    out = tmp_path / "other.safetensors"
+    data = path.read_bytes()
+    if kind == "pickle":
+        torch.save({"a": torch.zeros(2)}, out)
+    elif kind == "raw pickle":
+        out.write_bytes(b"\x80\x04}.")
+    elif kind == "empty":
+        out.write_bytes(b"")
+    elif kind == "truncated":
+        out.write_bytes(data[:-10])
+    elif kind == "foreign":
+        save_file({"a": torch.zeros(2)}, out)
+    elif kind == "other config":
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        about = json.loads(header["__metadata__"]["student"])
+        about["config"]["decoder_channels"] = 40
+        header["__metadata__"]["student"] = json.dumps(about)
+        text = json.dumps(header).encode()
+        out.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    elif kind == "folder":
+        out.mkdir()
+    return out
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("pickle", "pickle or a zip archive"),
+        ("raw pickle", "pickle or a zip archive"),
+        ("empty", "it is empty"),
+        ("truncated", "truncated or another format"),
+        ("foreign", "a safetensors file without our metadata"),
+        ("other config", "its config and its weights do not fit"),
+        ("folder", "a folder; expected RUN/student.safetensors"),
+        ("missing", "no such file; expected RUN/student.safetensors"),
+    ],
+)
+def test_a_checkpoint_that_is_not_ours_gets_one_paragraph(tmp_path, kind, text):
+    path = tmp_path / "student.safetensors"
+    save_student(small_student(), path, {})
+    with pytest.raises(CheckpointError, match=text) as caught:
+        load_student(damaged(path, tmp_path, kind))
+    assert caught.value.exit_code == 2
+    assert "\n\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    model, path = small_student(), tmp_path / "student.safetensors"
+    with torch.no_grad():
+        model.decoder.where.weight[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"not finite: decoder\.where\.weight"):
+        save_student(model, path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
