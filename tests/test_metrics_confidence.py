@@ -157,6 +157,8 @@ def test_flicker_ignores_unknown_and_sky_and_takes_warped_frames():
     clip = np.full((3, 2, 2), 2.0)
     clip[1, 0, 0], clip[2, 0, 1] = NAN, math.inf
     assert temporal_flicker(clip)["flicker"] == 0
+    clip[2, :, 0] = math.inf  # three of four pixels
+    assert temporal_flicker(clip)["flicker"] == 0
     moving = np.stack([np.roll(np.arange(1.0, 9).reshape(1, 8), t, 1) for t in range(3)])
     warped = np.roll(moving[:-1], 1, axis=2)
     warped[..., 0] = NAN

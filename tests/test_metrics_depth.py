@@ -139,6 +139,8 @@ def test_a_constant_prediction_aligns_to_the_mean():
     truth = grid([2, 4, 6])
     aligned = align_depth(np.full_like(truth, 0.1), truth, **BOUNDS, align="depth")
     np.testing.assert_allclose(aligned, 4, rtol=1e-7)
+    with_sky = align_depth(grid([1, 1, SKY]), truth, **BOUNDS, align="depth")  # 0 times inf
+    np.testing.assert_allclose(with_sky, [[3, 3, SKY]])
 
 
 def test_where_no_scale_exists_everything_is_missing():
@@ -149,6 +151,7 @@ def test_where_no_scale_exists_everything_is_missing():
 def test_error_maps_are_the_metrics_before_the_mean():
     truth, pred = scene(4), scene(5)
     truth[:3], truth[3], pred[5:9], pred[9] = NAN, SKY, NAN, SKY
+    truth[5] = 0.35  # filled with 0.3 it would be right
     abs_rel, ratio = depth_error_maps(pred, truth, **BOUNDS)
     numbers = depth_metrics(pred, truth, **BOUNDS)
     assert np.nanmean(abs_rel) == pytest.approx(numbers["abs_rel"])

@@ -50,13 +50,16 @@ def test_unknown_truth_is_not_judged_and_a_missing_prediction_is_90():
     truth, pred = facing(6), tilted(10, 10, 10, 10, 10, 10)
     truth[0, 0], truth[0, 1, 2] = np.nan, np.nan  # wholly and partly unknown
     truth[0, 2] = 0
-    pred[0, 3], pred[0, 4] = np.nan, 0
+    pred[0, 2], pred[0, 3], pred[0, 4] = np.nan, np.nan, 0
     angle, missing = angles_deg(pred, truth)
     np.testing.assert_allclose(angle, [[np.nan] * 3 + [90, 90, 10]], atol=1e-4)
     numbers = normal_metrics(pred, truth)
     assert missing == 2 and numbers["count"] == 3
     assert numbers["coverage"] == pytest.approx(1 / 3)
     assert numbers["within_30"] == pytest.approx(1 / 3)
+    pool = PooledNormals()
+    pool.add(pred, truth)
+    assert pool.result()["coverage"] == pytest.approx(1 / 3)
 
 
 def test_nothing_to_judge_is_nan():

@@ -84,6 +84,7 @@ def test_report_is_strict_json():
     labels = [make_label("none", depth=np.full((H, W), np.nan, np.float32))]
     report = score(lambda label: {"depth": label.values[Task.DEPTH]}, labels, tasks=["depth"])
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["mean"]["depth"]["abs_rel"] is None
 
 
 def test_affine_disparity_is_judged_in_the_aligned_column():
@@ -167,6 +168,7 @@ def test_uncertainty_and_confidence_are_judged():
     truth = step_depth()
     pred = truth * np.linspace(1, 1.4, W, dtype=np.float32)
     right = (pred / truth < 1.25).astype(np.float32)
+    truth[0], right[0] = np.nan, 1  # sure of itself where nobody knows
     answers = {
         "depth": pred,
         "depth_uncertainty": np.abs(np.log(pred / truth)),
@@ -175,6 +177,7 @@ def test_uncertainty_and_confidence_are_judged():
     report = score(lambda _: answers, [make_label("a", depth=truth)], tasks=["depth"])
     assert report["rows"][0]["depth"]["ause"] == pytest.approx(0, abs=1e-9)
     assert report["set"]["depth_calibration"]["ece"] == 0
+    assert report["set"]["depth_calibration"]["count"] == (H - 1) * W
     answers["depth_confidence"] = 1 - right
     worse = score(lambda _: answers, [make_label("a", depth=truth)], tasks=["depth"])
     assert worse["set"]["depth_calibration"]["ece"] == pytest.approx(1)
