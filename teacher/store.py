@@ -20,7 +20,13 @@ import numpy as np
 
 from teacher.codecs.planes import decode_plane, encode_plane
 from teacher.errors import UsageError
-from teacher.jobs.commit import create_exclusive, publish, replace_atomically, temporary_beside
+from teacher.jobs.commit import (
+    create_exclusive,
+    is_orphan,
+    publish,
+    replace_atomically,
+    temporary_beside,
+)
 from teacher.label import Camera, Label, Task, coverage, validate
 
 FORMAT, VERSION = "dense-label-set", 1
@@ -51,6 +57,11 @@ def canonical_json(value: Any) -> bytes:
 def shard_name(number: int) -> str:
     """``shard-000012``, without suffix."""
     return f"shard-{number:06d}"
+
+
+def seal_path(folder: Path, number: int) -> Path:
+    """Where a shard's seal stands, once it is committed."""
+    return folder / f"{shard_name(number)}.json"
 
 
 def encode_members(label: Label) -> list[tuple[str, bytes]]:
@@ -268,20 +279,9 @@ def open_folder(out: str | os.PathLike[str], dataset: dict[str, Any]) -> Path:
             "Labels of different plans never mix: choose another out=, or delete that folder."
         )
     for leftover in folder.glob(".shard-*.tmp"):
-        if not _is_alive(leftover):
+        if is_orphan(leftover):
             leftover.unlink(missing_ok=True)
     return folder
-
-
-def _is_alive(temporary: Path) -> bool:
-    """Whether the process named in a temporary file's name runs on this machine."""
-    try:
-        os.kill(int(temporary.name.split(".")[-2].split("-")[0]), 0)
-    except (ValueError, IndexError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def read_dataset(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Label jobs: every input ends in one state, a killed job goes on, bad use is explained."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,14 @@ import pytest
 from conftest import make_label
 from PIL import Image
 
-from teacher.errors import UsageError
-from teacher.generators import load_teacher
+from teacher.errors import EnvironmentFailure, UsageError
+from teacher.generators import Query, load_teacher
+from teacher.jobs.commit import Lease, this_host
+from teacher.jobs.engines import answer_split, patiently, prepare
+from teacher.jobs.plan import Entry
 from teacher.jobs.run import label
-from teacher.label import Answer, Space, Task
+from teacher.jobs.sources import open_source
+from teacher.label import Answer, Camera, Space, Task
 from teacher.store import LabelSet, read_rows
 
 
@@ -248,9 +253,158 @@ def write_text(path):
 
 
 def test_unknown_teacher_and_task(tmp_path, balls):
-    with pytest.raises(UsageError, match=r"no such teacher; there are \['mini', 'truth'\]"):
+    with pytest.raises(UsageError, match=r"no such teacher; there are \[.*'mini', 'truth'\]"):
         load_teacher(name="oracle")
     with pytest.raises(UsageError, match=r"cannot be imported"):
         load_teacher(name="no_such_module:Teacher")
     with pytest.raises(UsageError, match=r"tasks=\['flow'\]: this teacher answers"):
         run(balls, tmp_path / "set", tasks=["flow"])
+
+
+def same_shards(a: Path, b: Path) -> None:
+    names = sorted(p.name for p in a.glob("*.tar"))
+    assert names == sorted(p.name for p in b.glob("*.tar"))
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """Lets spawned workers import this module's teachers."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.usefixtures("importable")
+def test_two_processes_give_the_bytes_of_one(tmp_path):
+    photos = write_photos(tmp_path / "photos", n=9)
+    run(photos, tmp_path / "one", shard_size=2, batch_size=2)
+    result = run(photos, tmp_path / "two", shard_size=2, batch_size=2, workers=2)
+    assert (result["labelled"], result["complete"]) == (9, True)
+    same_shards(tmp_path / "one", tmp_path / "two")
+    assert not list((tmp_path / "two").glob(".*"))
+
+
+class SuicidalTeacher(PlaneTeacher):
+    """Kills its own process at the first image, in the one process that gets there first."""
+
+    def __init__(self, *, flag: str) -> None:
+        super().__init__(pause_s=0.2)
+        self.flag = Path(flag)
+
+    def describe(self):
+        return {"name": "plane", "depth_m": self.depth_m}
+
+    def answer(self, queries, tasks):
+        try:
+            self.flag.touch(exist_ok=False)
+        except FileExistsError:
+            return super().answer(queries, tasks)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+@pytest.mark.usefixtures("importable")
+def test_one_of_two_workers_killed_and_the_other_takes_over(tmp_path):
+    photos = write_photos(tmp_path / "photos", n=9)
+    run(photos, tmp_path / "one", shard_size=2, batch_size=2)
+    teacher = {"name": "test_jobs:SuicidalTeacher", "flag": str(tmp_path / "flag")}
+    run(photos, tmp_path / "two", teacher=teacher, shard_size=2, batch_size=2, workers=2)
+    same_shards(tmp_path / "one", tmp_path / "two")
+    assert LabelSet(tmp_path / "two").verify() == 9
+
+
+@pytest.mark.usefixtures("importable")
+def test_all_workers_failing_is_reported_with_the_first_one_s_words(tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    teacher = {"name": "test_jobs:PlaneTeacher", "space": "affine depth"}
+    with pytest.raises(EnvironmentFailure, match=r"shards are missing .* metric anchor") as caught:
+        run(photos, tmp_path / "set", teacher=teacher, workers=2)
+    assert caught.value.exit_code == 2
+
+
+def test_array_tasks_share_a_plan_in_any_order(tmp_path):
+    photos = write_photos(tmp_path / "photos", n=9)
+    run(photos, tmp_path / "one", shard_size=2)
+    for index in (2, 0, 1):
+        assert not (tmp_path / "array" / "index.parquet").exists()
+        result = run(photos, tmp_path / "array", shard_size=2, shard={"index": index, "count": 3})
+    assert result["complete"]
+    same_shards(tmp_path / "one", tmp_path / "array")
+    assert (tmp_path / "array" / "index.parquet").exists()
+    with pytest.raises(UsageError, match=r"shard.index=3 shard.count=3"):
+        run(photos, tmp_path / "array", shard={"index": 3, "count": 3})
+
+
+def test_a_batch_too_large_for_the_device_is_halved_with_the_same_answers(tmp_path):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    class Small(PlaneTeacher):
+        def answer(self, queries, tasks):
+            if len(queries) > 1:
+                raise OutOfMemoryError("CUDA out of memory")
+            return super().answer(queries, tasks)
+
+    queries = [
+        Query(key=str(i), image=np.full((4, 5, 3), 9, np.uint8), camera=Camera.assumed(5, 4))
+        for i in range(5)
+    ]
+    answers = answer_split(Small(), queries, [Task.DEPTH])
+    assert [a[Task.DEPTH].values.shape for a in answers] == [(4, 5)] * 5
+    Small.answer = lambda self, queries, tasks: (_ for _ in ()).throw(OutOfMemoryError("x"))
+    with pytest.raises(EnvironmentFailure, match="out of memory on a single 5x4 image"):
+        answer_split(Small(), queries, [Task.DEPTH])
+
+
+def test_transient_errors_are_retried_and_permanent_ones_are_not(monkeypatch):
+    waits = []
+    monkeypatch.setattr("teacher.jobs.engines.time.sleep", waits.append)
+    errors = [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "Stale file handle")]
+
+    def flaky():
+        if errors:
+            raise errors.pop()
+        return "read"
+
+    assert patiently(flaky, what="reading x") == "read"
+    assert waits == [0.1, 0.5]
+
+    def broken():
+        raise OSError(errno.EIO, "I/O error", "x")
+
+    with pytest.raises(EnvironmentFailure, match=r"reading x: I/O error .* five times"):
+        patiently(broken, what="reading x")
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    with pytest.raises(OSError, match="No space left"):
+        patiently(full, what="x")
+
+
+def test_a_file_that_changes_or_vanishes_during_the_job_is_named(tmp_path):
+    photos = write_photos(tmp_path / "photos", n=3)
+    source = open_source(str(photos))
+    entry = Entry(uri="0.jpg", key="0" * 24)
+    with pytest.raises(UsageError, match=r"0\.jpg: the file changed after it was planned"):
+        prepare(entry, source, max_side=None)
+    (photos / "0.jpg").unlink()
+    with pytest.raises(UsageError, match=r"0\.jpg: the file is gone"):
+        prepare(entry, source, max_side=None)
+
+
+def test_a_lease_is_free_when_dropped_expired_or_orphaned(tmp_path, monkeypatch):
+    mine, other = Lease(tmp_path, "shard-000000"), Lease(tmp_path, "shard-000000")
+    assert mine.take()
+    assert not other.take()
+    mine.drop()
+    assert other.take()
+    os.utime(other.path, (1, other.path.stat().st_mtime - 3600))  # no heartbeat for an hour
+    assert mine.take()
+    other.renew()
+    other.drop()  # no longer its own: must not touch ours
+    assert not Lease(tmp_path, "shard-000000").take()
+    mine.path.write_text(f"{this_host()} 999999999 dead")
+    assert other.take()
+    other.path.write_text("another-machine 1 alive")
+    assert not mine.take()

@@ -7,17 +7,33 @@ wakes up late can therefore overwrite nothing. The directory is synced last.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import secrets
+import socket
 from pathlib import Path
 
 from teacher.errors import EnvironmentFailure
 
 
+def this_host() -> str:
+    """This machine's name, safe inside a file name."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname()) or "host"
+
+
 def temporary_beside(path: Path) -> Path:
-    """A hidden name in the same directory that no other worker uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """A hidden name in the same directory that no other worker, on any machine, uses."""
+    owner = f"{this_host()}~{os.getpid()}~{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{owner}.tmp")
+
+
+def is_orphan(temporary: Path) -> bool:
+    """Whether a temporary file's writer ran on this machine and is gone."""
+    host, _, pid_and_rest = temporary.name.split(".")[-2].partition("~")
+    pid = pid_and_rest.partition("~")[0]
+    return host == this_host() and pid.isdigit() and not is_alive(int(pid))
 
 
 def sync_directory(path: Path) -> None:
@@ -81,3 +97,68 @@ def replace_atomically(path: Path, data: bytes) -> None:
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Lease:
+    """A note that somebody works on a shard. It only saves work: the seal alone decides.
+
+    The file's modification time is the heartbeat. Age is measured against a file touched just now
+    in the same folder, so that neither a wrong clock nor another machine's clock matters. A lease
+    of this machine whose process is gone is free at once.
+    """
+
+    LIFETIME_S = 120.0
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """``name`` of the work; nothing happens before `take`."""
+        self.path = folder / f".{name}.lease"
+        self.mine = f"{this_host()} {os.getpid()} {secrets.token_hex(4)}"
+
+    def take(self) -> bool:
+        """Take the lease if it is free, expired or orphaned."""
+        for _ in range(2):
+            if create_exclusive(self.path, self.mine.encode()):
+                return True
+            if not self._is_free():
+                return False
+            self.path.unlink(missing_ok=True)
+        return False
+
+    def _is_free(self) -> bool:
+        try:
+            host, pid, _ = self.path.read_text().split()
+            beat = self.path.stat().st_mtime
+        except FileNotFoundError:
+            return True
+        except ValueError:
+            host, pid, beat = "", "0", self.path.stat().st_mtime
+        if host == this_host() and not is_alive(int(pid)):
+            return True
+        probe = temporary_beside(self.path)
+        probe.touch()
+        age_s = probe.stat().st_mtime - beat
+        probe.unlink(missing_ok=True)
+        return age_s > self.LIFETIME_S
+
+    def renew(self) -> None:
+        """The heartbeat; silent if somebody took the lease over."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.read_text() == self.mine:
+                os.utime(self.path)
+
+    def drop(self) -> None:
+        """Give the lease back, if it is still ours."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.read_text() == self.mine:
+                self.path.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

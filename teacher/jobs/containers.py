@@ -32,6 +32,8 @@ MAX_MEMBER_BYTES = 1 << 30
 class TarSource:
     """The images of one tar file, by offset; other members (json, txt) are not inputs."""
 
+    keyed_by_bytes = True
+
     def __init__(self, path: Path, *, opener: Callable[[], IO[bytes]] | None = None) -> None:
         """Scan the headers. ``opener`` gives a fresh file object (default: the local file)."""
         self.path = path
@@ -104,6 +106,8 @@ def file_stamp(path: Path) -> str:
 
 class TableSource:
     """The image column of a Parquet or Arrow file (Hugging Face layout or plain bytes)."""
+
+    keyed_by_bytes = True
 
     def __init__(self, path: Path) -> None:
         """Reads the schema and row counts only."""
@@ -188,6 +192,8 @@ class VideoSource:
     A frame's key is made of the video's content and the frame's time, so that the same clip gives
     the same keys wherever it lies.
     """
+
+    keyed_by_bytes = False
 
     def __init__(self, path: Path, *, fps: float, scene_change: float | None) -> None:
         """Pick the frames: ``fps`` per second, or, with ``scene_change``, the first of each scene.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,16 +15,18 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators import Query, Teacher
 from teacher.images import ImageError, bounded, encode_png, read
+from teacher.jobs.commit import Lease, this_host
 from teacher.jobs.plan import Entry, Plan
 from teacher.jobs.sources import Source
 from teacher.label import Answer, Label, LabelError, Space, Task, coverage, validate
-from teacher.store import ShardWriter, encode_members
+from teacher.store import ShardWriter, content_key, encode_members, seal_path, shard_name
 
 T = TypeVar("T")
 R = TypeVar("R")
+TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
 STORED = (Space.METRIC, Space.UNIT_NORMALS, Space.CLASS_IDS, Space.INSTANCE_IDS)
 
 
@@ -41,9 +46,19 @@ def prepare(entry: Entry, source: Source, *, max_side: int | None) -> Prepared:
         return Prepared(entry=entry)
     try:
         data = source.read(entry.uri)
+        if source.keyed_by_bytes and content_key(data) != entry.key:
+            raise UsageError(
+                f"{entry.uri}: the file changed after it was planned. Start again: it is planned "
+                "anew, into another out= if shards were already sealed."
+            )
         picture = read(data)
     except ImageError as error:
         return Prepared(entry=entry, reason=str(error))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{entry.uri}: the file is gone since it was planned. Bring it back to go on, or start "
+            "with another out=."
+        ) from error
     known = source.camera(entry.uri)
     image, camera = picture.image, known if known is not None else picture.camera
     if max_side is not None:
@@ -104,60 +119,163 @@ def ahead(
 
 @dataclasses.dataclass
 class Tally:
-    """What a run did, for its summary and its seals."""
+    """What a worker did, for its summary and its seals."""
 
     labelled: int = 0
     rejected: int = 0
     duplicates: int = 0
+    shards: int = 0
     teacher_s: float = 0.0
-    started: float = dataclasses.field(default_factory=time.monotonic)
+    wall_s: float = 0.0
 
-    @property
-    def wall_s(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.started
+    def __add__(self, other: Tally) -> Tally:
+        """Counts and teacher seconds add up; of the wall times the longer counts."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        total = {name: mine[name] + theirs[name] for name in mine}
+        return Tally(**total | {"wall_s": max(self.wall_s, other.wall_s)})
 
 
-class LocalEngine:
-    """Runs the shards of a plan in this process, one after the other, with overlapping stages."""
+class Claims:
+    """The shards this worker takes, in order: unsealed ones whose lease it could get."""
 
-    def __init__(
-        self,
-        *,
-        teacher: Teacher,
-        source: Source,
-        plan: Plan,
-        folder: Path,
-        tasks: Sequence[Task],
-        max_side: int | None,
-        keep_pictures: bool,
-        threads: int,
-    ) -> None:
-        """``threads`` decode and encode; the teacher runs in the calling thread."""
-        self.teacher, self.source, self.plan, self.folder = teacher, source, plan, folder
-        self.tasks, self.max_side, self.keep_pictures = tasks, max_side, keep_pictures
-        self.threads = threads
-        self.plan_hash = plan.hash()
-        self.tally = Tally()
+    def __init__(self, folder: Path, numbers: Sequence[int]) -> None:
+        """``numbers``: the shards this worker may take."""
+        self.folder, self.numbers = folder, numbers
+        self.leases: dict[int, Lease] = {}
+        self._over = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
 
-    def run(self, shards: Sequence[int]) -> Tally:
-        """Label and commit the given shards, in order."""
-        total = sum(len(self.plan.shard(n)) for n in shards)
-        window = 2 * self.plan.batch_size + self.threads
+    def __enter__(self) -> Claims:
+        """Start the heartbeat."""
+        self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the heartbeat, give everything back."""
+        self._over.set()
+        self._heart.join()
+        for lease in self.leases.values():
+            lease.drop()
+
+    def _beat(self) -> None:
+        while not self._over.wait(Lease.LIFETIME_S / 6):
+            for lease in list(self.leases.values()):
+                lease.renew()
+
+    def __iter__(self) -> Iterator[int]:
+        """Shard numbers; each is leased when it is given out. Never waits for anybody."""
+        for number in self.numbers:
+            lease = Lease(self.folder, shard_name(number))
+            if seal_path(self.folder, number).exists() or not lease.take():
+                continue
+            if seal_path(self.folder, number).exists():  # sealed while we took the lease
+                lease.drop()
+                continue
+            self.leases[number] = lease
+            yield number
+
+    def finished(self, number: int) -> None:
+        """The shard is sealed: its lease is of no more use."""
+        self.leases.pop(number).drop()
+
+
+def patiently(work: Callable[[], R], *, what: str) -> R:
+    """Run input or output again after a transient error, waiting longer each time.
+
+    Raises `EnvironmentFailure` when it stays; permanent errors (disk full, read-only) come at once.
+    """
+    for wait_s in (0.1, 0.5, 2.0, 5.0, None):
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            if wait_s is None:
+                raise EnvironmentFailure(
+                    f"{what}: {error.strerror} ({error.filename}), five times in a row. What was "
+                    "committed is intact; the same command goes on when the device is back."
+                ) from error
+            time.sleep(wait_s)
+    raise AssertionError
+
+
+def answer_split(teacher: Teacher, queries: Sequence[Query], tasks: Sequence[Task]) -> list:
+    """The teacher's answers; a batch too large for the device is halved, answers stay the same.
+
+    (A teacher's answer depends on its own image, key and seeds only, never on its neighbours.)
+    """
+    try:
+        return teacher.answer(queries, tasks)
+    except Exception as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+            raise
+        if len(queries) == 1:
+            height, width = queries[0].image.shape[:2]
+            raise EnvironmentFailure(
+                f"the teacher ran out of memory on a single {width}x{height} image ({error}); "
+                "lower max_side, use a smaller dtype or a larger device."
+            ) from error
+    half = len(queries) // 2
+    first = answer_split(teacher, queries[:half], tasks)
+    return first + answer_split(teacher, queries[half:], tasks)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Worker:
+    """Labels shards of a plan in this process; decoding, teacher, encoding and commits overlap.
+
+    ``threads`` decode and encode; the teacher runs in the calling thread.
+    """
+
+    teacher: Teacher
+    source: Source
+    plan: Plan
+    folder: Path
+    tasks: Sequence[Task]
+    max_side: int | None
+    keep_pictures: bool
+    threads: int
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        """Hash the plan once."""
+        self.plan_hash = self.plan.hash()
+
+    def run(self, numbers: Sequence[int], *, wait: bool) -> Tally:
+        """Label and commit those of the given shards that nobody else does.
+
+        With ``wait`` it stays until all are sealed, to take over from workers that die.
+        """
+        self.tally, self.started = Tally(), time.monotonic()
+        total = sum(len(self.plan.shard(n)) for n in numbers)
+        left = list(numbers)
+        with tqdm(total=total, desc="label", unit="img", mininterval=1, disable=self.quiet) as bar:
+            while left:
+                self._pass(left, bar)
+                left = [n for n in left if not seal_path(self.folder, n).exists()]
+                if not wait:
+                    break
+                time.sleep(0.3 if left else 0)
+        self.tally.wall_s = time.monotonic() - self.started
+        return self.tally
+
+    def _pass(self, numbers: Sequence[int], bar: tqdm) -> None:
+        """Once over the shards; those leased by others are left alone."""
         with (
+            Claims(self.folder, numbers) as claims,
             ThreadPoolExecutor(self.threads) as decoders,
             ThreadPoolExecutor(self.threads) as encoders,
             ThreadPoolExecutor(1) as committer,
-            tqdm(total=total, desc="label", unit="img", mininterval=1) as bar,
         ):
-            entries = (entry for n in shards for entry in self.plan.shard(n))
+            shards, entries = itertools.tee(iter(claims))
+            # the decoders run ahead of the teacher, across the borders of shards
             prepared = ahead(
-                entries,
-                lambda e: prepare(e, self.source, max_side=self.max_side),
+                (entry for number in entries for entry in self.plan.shard(number)),
+                self._prepare,
                 decoders,
-                window,
+                2 * self.plan.batch_size + self.threads,
             )
-            commits: deque[Future[bool]] = deque()
+            commits: deque[Future[None]] = deque()
             for number in shards:
                 writer = ShardWriter(self.folder, number, plan_hash=self.plan_hash)
                 try:
@@ -165,12 +283,20 @@ class LocalEngine:
                 except BaseException:
                     writer.abandon()
                     raise
-                commits.append(committer.submit(writer.commit, {"teacher_s": self.tally.teacher_s}))
+                commits.append(committer.submit(self._commit, writer, claims))
                 while len(commits) > 1:
                     commits.popleft().result()
             for commit in commits:
                 commit.result()
-        return self.tally
+
+    def _prepare(self, entry: Entry) -> Prepared:
+        work = lambda: prepare(entry, self.source, max_side=self.max_side)  # noqa: E731
+        return patiently(work, what=f"reading {entry.uri}")
+
+    def _commit(self, writer: ShardWriter, claims: Claims) -> None:
+        writer.commit({"host": this_host(), "teacher_s": round(self.tally.teacher_s, 3)})
+        self.tally.shards += 1
+        claims.finished(writer.number)
 
     def _fill(
         self, writer: ShardWriter, prepared: Iterator[Prepared], pool: ThreadPoolExecutor, bar: tqdm
@@ -183,14 +309,15 @@ class LocalEngine:
                 item, future = waiting.popleft()
                 self._write(writer, item, future)
                 bar.update()
-                bar.set_postfix_str(f"teacher {self.tally.teacher_s / self.tally.wall_s:.0%}")
+                share = self.tally.teacher_s / (time.monotonic() - self.started)
+                bar.set_postfix_str(f"teacher {share:.0%}", refresh=False)
 
         for batch in self.plan.batches(writer.number):
             items = [next(prepared) for _ in batch]
             queries = [item.query for item in items if item.query is not None]
-            started = time.monotonic()
-            answers = iter(self.teacher.answer(queries, self.tasks) if queries else [])
-            self.tally.teacher_s += time.monotonic() - started
+            before = time.monotonic()
+            answers = iter(answer_split(self.teacher, queries, self.tasks) if queries else [])
+            self.tally.teacher_s += time.monotonic() - before
             for item in items:
                 finished = None
                 if item.query is not None:

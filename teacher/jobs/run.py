@@ -10,8 +10,8 @@ from typing import Any
 from teacher.errors import UsageError
 from teacher.generators import load_teacher
 from teacher.jobs.commit import replace_atomically
-from teacher.jobs.engines import LocalEngine
 from teacher.jobs.plan import make_plan
+from teacher.jobs.processes import Recipe, run_processes
 from teacher.jobs.sources import open_source
 from teacher.label import Task
 from teacher.store import open_folder, sealed_shards, write_index
@@ -40,6 +40,8 @@ def label(
     keep_pictures: bool,
     threads: int,
     video: dict[str, Any] | None = None,
+    workers: int = 1,
+    shard: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Label every image of a source; started again, it does only what is missing.
 
@@ -55,10 +57,20 @@ def label(
         keep_pictures: also store the teacher's raw RGB answers.
         threads: decoding and encoding threads.
         video: which frames of videos: ``fps``, or the first of each scene (``scene_change``).
+        workers: processes on this machine, one GPU each.
+        shard: ``index`` of ``count`` array tasks (SLURM, Kubernetes, SkyPilot): this task takes the
+            shards whose number leaves ``index`` when divided by ``count``.
     """
-    for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
+    sizes = {"shard_size": shard_size, "batch_size": batch_size, "workers": workers}
+    for name, value in sizes.items():
         if value < 1:
             raise UsageError(f"{name}={value}: expected at least 1.")
+    index, count = (shard or {}).get("index", 0), (shard or {}).get("count", 1)
+    if not 0 <= index < count:
+        raise UsageError(
+            f"shard.index={index} shard.count={count}: expected 0 <= index < count, one index for "
+            "each task of the array."
+        )
     source = open_source(images, video=video)
     oracle = load_teacher(**teacher)
     wanted = parse_tasks(tasks, oracle.tasks)
@@ -78,10 +90,11 @@ def label(
     }
     folder = open_folder(out, dataset)
     done = sealed_shards(folder)
-    todo = [n for n in range(plan.shards) if n not in done]
-    engine = LocalEngine(
-        teacher=oracle,
-        source=source,
+    todo = [n for n in range(index, plan.shards, count) if n not in done]
+    recipe = Recipe(
+        teacher=teacher,
+        images=images,
+        video=video,
         plan=plan,
         folder=folder,
         tasks=wanted,
@@ -89,8 +102,14 @@ def label(
         keep_pictures=keep_pictures,
         threads=threads,
     )
-    tally = engine.run(todo)
-    write_index(folder)
+    if workers > 1:
+        tally = run_processes(recipe, todo, workers=workers)
+    else:
+        # an array task leaves shards that others have leased to them
+        tally = recipe.build(teacher=oracle, source=source).run(todo, wait=count == 1)
+    complete = len(sealed_shards(folder)) == plan.shards
+    if complete:
+        write_index(folder)
     rate = (tally.labelled + tally.rejected) / max(tally.wall_s, 1e-9)
     facts_of_run = {
         "labelled": tally.labelled,
@@ -103,10 +122,12 @@ def label(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     replace_atomically(folder / "run.json", json.dumps(facts_of_run, indent=1).encode() + b"\n")
+    facts_of_run["complete"] = complete
+    missing = "" if complete else ", other shards still missing"
     before = f", {len(done)} of {plan.shards} shards were already done" if done else ""
     summary = (
         f"{out}: {tally.labelled} labelled, {tally.rejected} rejected, {tally.duplicates} "
-        f"duplicates{before}; {tally.wall_s:.1f} s, {rate:.1f} images/s, "
+        f"duplicates{before}{missing}; {tally.wall_s:.1f} s, {rate:.1f} images/s, "
         f"{facts_of_run['teacher_share']:.0%} of it inside the teacher"
     )
     empty = not todo or tally.labelled > 0

@@ -30,6 +30,8 @@ WHAT = (
 class Source(Protocol):
     """Anything that lists inputs and reads their bytes; must be usable from several threads."""
 
+    keyed_by_bytes: bool  # whether `key` is the hash of what `read` gives
+
     def list(self) -> list[str]:
         """Names of all inputs, sorted, independent of where the source lies on this machine."""
         ...
@@ -53,6 +55,8 @@ class Source(Protocol):
 
 class FileSource:
     """Image files below a root; names are relative to it, so the root may move between runs."""
+
+    keyed_by_bytes = True
 
     def __init__(self, root: Path, names: list[str]) -> None:
         """``names`` are paths relative to ``root`` (absolute ones stay as they are)."""
@@ -81,6 +85,8 @@ class FileSource:
 
 class RemoteSource:
     """Image files below an fsspec URL (``s3://``, ``gs://``, ``hf://``, ``memory://`` ...)."""
+
+    keyed_by_bytes = True
 
     def __init__(self, url: str) -> None:
         """Lists the files below the URL."""
@@ -125,6 +131,8 @@ class RemoteSource:
 class LabelSetSource:
     """The images of an existing label set, with their cameras."""
 
+    keyed_by_bytes = False
+
     def __init__(self, path: Path) -> None:
         """Opens and verifies the set."""
         self.labels = LabelSet(path)
@@ -154,6 +162,8 @@ class LabelSetSource:
 
 class Bundle:
     """Several sources under their names: ``sub/clip.mp4::t=...``, ``part.tar::a.jpg``."""
+
+    keyed_by_bytes = False
 
     def __init__(self, files: FileSource, parts: dict[str, Source]) -> None:
         """``files`` for plain images, ``parts`` by relative path."""
