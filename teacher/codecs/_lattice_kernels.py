@@ -133,10 +133,12 @@ def decode_lattice(rgb, unit, depth_m, residual, table, side, backward, ends, li
     """Colours [3N] (``unit`` of them is 255) to depth and residual float32 [N].
 
     ends = (near_m, far_m, sky_level); a squared distance above ``limit`` is unknown. White is sky.
+    Returns the largest residual.
     """
     step = 255.0 / (side - 1)
     scale = (side - 1) / unit
     white = unit * (1.0 - 0.5 / 255.0)
+    farthest = 0.0
     buffer = np.empty(BLOCK, _f8)
     for start in range(0, depth_m.size, BLOCK):
         stop = min(start + BLOCK, depth_m.size)
@@ -150,7 +152,9 @@ def decode_lattice(rgb, unit, depth_m, residual, table, side, backward, ends, li
             place, distance = nearest_on_lattice(r * scale, g * scale, b * scale, table, side)
             distance *= step * step
             residual[start + j] = np.sqrt(distance)
+            farthest = max(farthest, distance)
             levels[j] = place * step if distance <= limit else np.nan
             if r >= white and g >= white and b >= white:
                 levels[j] = np.inf
         depth_of_levels(levels, depth_m[start:stop], backward, ends[0], ends[1], ends[2])
+    return np.sqrt(farthest)

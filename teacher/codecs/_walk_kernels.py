@@ -60,14 +60,14 @@ def decode_walk(rgb, depth_m, residual, table_m, limit):
     """Colours uint8 [3N] to depth and residual float32 [N] through the depth of each level.
 
     ``table_m`` float32 [1786] holds NaN where a level means unknown; a squared distance above
-    ``limit`` is unknown as well. Ties go to the smaller level.
+    ``limit`` is unknown as well. Ties go to the smaller level. Returns the largest residual.
     """
-    full = _u2(255)
+    full, farthest = _u2(255), _u2(0)
     buffer = np.empty(BLOCK, _u2)
     for start in range(0, depth_m.size, BLOCK):
         stop = min(start + BLOCK, depth_m.size)
         source, target, off = rgb[3 * start : 3 * stop], depth_m[start:stop], residual[start:stop]
-        levels = buffer[: stop - start]
+        levels, most = buffer[: stop - start], _u2(0)
         for j in range(levels.size):
             r, g, b = _u2(source[3 * j]), _u2(source[3 * j + 1]), _u2(source[3 * j + 2])
             nr, ng, nb = _u2(full - r), _u2(full - g), _u2(full - b)
@@ -89,5 +89,8 @@ def decode_walk(rgb, depth_m, residual, table_m, limit):
             level, best = (at if other < best else level), min(other, best)
             levels[j] = level if best <= limit else _u2(0)
             off[j] = np.sqrt(_f4(best))
+            most = max(most, best)
+        farthest = max(farthest, most)
         for j in range(levels.size):
             target[j] = table_m[levels[j]]
+    return np.sqrt(_f4(farthest))

@@ -26,8 +26,10 @@ from jaxtyping import Float32, Shaped, UInt8
 
 from teacher.codecs._pixels import as_pixels
 from teacher.codecs.curves import Curve
+from teacher.codecs.edges import MIN_TRIGGER, snap_edges
 from teacher.errors import UsageError
 
+EDGES = ("snap", "nearest")
 SKY_MARGIN = 1 / 121  # the share of the code beyond the default far_m: 15 steps of the walk
 
 
@@ -180,18 +182,60 @@ class DepthCodec:
         return rgb.reshape(*depth_m.shape, 3)
 
     def decode(
-        self, rgb: Shaped[np.ndarray, "*n 3"], *, max_residual: float | None = None
+        self,
+        rgb: Shaped[np.ndarray, "*n 3"],
+        *,
+        max_residual: float | None = None,
+        edges: str = "snap",
     ) -> tuple[Float32[np.ndarray, "*n"], Float32[np.ndarray, "*n"]]:
         """Read a picture back: (depth in metres, residual 0..255).
 
         Args:
             rgb: bytes, or floats with 1.0 for 255 (a generator's raw answer; NaN is unknown).
-            max_residual: a colour farther than this from the curve becomes NaN.
+            max_residual: a colour farther than this from the curve becomes NaN, whatever ``edges``.
+            edges: "nearest" takes the nearest point of the curve everywhere; "snap" then gives
+                colours blended across a depth edge the depth of one side (`teacher.codecs.edges`;
+                for pictures [..., H, W, 3]). On colours of the curve both are the same.
 
         The residual is the colour's Euclidean distance to the curve in 8-bit steps: 0 on it, 86
         on average for a random colour on the walk, always 0 for bytes on order 8.
         """
+        if edges not in EDGES:
+            raise UsageError(f"DepthCodec.decode: edges={edges!r}, choose one of {EDGES}")
         pixels = as_pixels(rgb, "DepthCodec.decode")
+        depth_m, residual, worst = self._nearest(pixels, max_residual)
+        depth_m, residual = depth_m.reshape(rgb.shape[:-1]), residual.reshape(rgb.shape[:-1])
+        if edges == "snap" and worst > MIN_TRIGGER and depth_m.ndim >= 2:
+            unit = 255.0 if pixels.dtype == np.uint8 else 1.0
+            self._snap(pixels, unit, depth_m, residual, max_residual)
+        return depth_m, residual
+
+    def _snap(
+        self,
+        pixels: np.ndarray,
+        unit: float,
+        depth_m: np.ndarray,
+        residual: np.ndarray,
+        max_residual: float | None,
+    ) -> None:
+        height, width = depth_m.shape[-2:]
+        rejected = residual > max_residual if max_residual is not None else None
+        pictures = pixels.reshape(-1, 3 * height * width)
+        parts = zip(
+            pictures,
+            depth_m.reshape(-1, height, width),
+            residual.reshape(-1, height, width),
+            strict=True,
+        )
+        for picture, depth_part, residual_part in parts:
+            snap_edges(picture, unit, depth_part, residual_part)
+        if rejected is not None:
+            depth_m[rejected] = np.nan
+
+    def _nearest(
+        self, pixels: np.ndarray, max_residual: float | None
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Depth and residual of flat pixels, and the largest residual."""
         limit = math.inf if max_residual is None else max_residual**2
         depth_m = np.empty(pixels.size // 3, np.float32)
         residual = np.empty(pixels.size // 3, np.float32)
@@ -200,20 +244,19 @@ class DepthCodec:
             from teacher.codecs._walk_kernels import decode_walk
 
             table_m = self._depth_of(np.arange(curve.length + 1))
-            decode_walk(pixels, depth_m, residual, table_m, np.uint16(min(limit, 65535)))
-        elif pixels.dtype == np.uint8 and curve.order == 8:
+            bound = np.uint16(min(limit, 65535))
+            return depth_m, residual, decode_walk(pixels, depth_m, residual, table_m, bound)
+        if pixels.dtype == np.uint8 and curve.order == 8:
             from teacher.codecs._hilbert_kernels import automaton, levels_of_full
 
             levels = np.empty(depth_m.size, np.float64)
             levels_of_full(pixels, levels, automaton()[0])
-            depth_m, residual = self._depth_of(levels), np.zeros(depth_m.size, np.float32)
-        else:
-            from teacher.codecs._lattice_kernels import decode_lattice
+            return self._depth_of(levels), np.zeros(depth_m.size, np.float32), 0.0
+        from teacher.codecs._lattice_kernels import decode_lattice
 
-            unit = 255.0 if pixels.dtype == np.uint8 else 1.0
-            how = (curve.table(), curve.side, self.backward(), self.ends(), limit)
-            decode_lattice(pixels, unit, depth_m, residual, *how)
-        return depth_m.reshape(rgb.shape[:-1]), residual.reshape(rgb.shape[:-1])
+        unit = 255.0 if pixels.dtype == np.uint8 else 1.0
+        how = (curve.table(), curve.side, self.backward(), self.ends(), limit)
+        return depth_m, residual, decode_lattice(pixels, unit, depth_m, residual, *how)
 
     def _depth_of(self, levels: np.ndarray) -> np.ndarray:
         from teacher.codecs._lattice_kernels import depth_of_levels
