@@ -21,17 +21,17 @@ def demo(*, out: str, train_scenes: int, held_out_scenes: int, minutes: float) -
     root = Path(out)
     started = time.monotonic()
     held_out = f"{root}/scenes-held-out"
+    size = ["student.height=96", "student.width=128", "trainer.val_every=200"]
+    student = f"{root}/student/student.safetensors"
+    labels, held_out_labels = f"{root}/labels", f"{root}/labels-held-out"
     steps: list[tuple[str, list[str]]] = [
         ("scenes", [f"out={root}/scenes", f"n={train_scenes}", "split=train"]),
         ("scenes", [f"out={held_out}", f"n={held_out_scenes}", "split=heldout"]),
-        ("label", [f"images={root}/scenes", f"out={root}/labels"]),
-        ("label", [f"images={held_out}", f"out={root}/labels-held-out"]),
-        ("train", [f"data={root}/labels", f"out={root}/student", f"trainer.minutes={minutes}"]),
-        ("export", [f"checkpoint={root}/student/student.safetensors", f"out={root}/export"]),
-        (
-            "verify",
-            [f"export={root}/export", f"labels={root}/labels-held-out", f"truth={held_out}"],
-        ),
+        ("label", [f"images={root}/scenes", f"out={labels}"]),
+        ("label", [f"images={held_out}", f"out={held_out_labels}"]),
+        ("train", [f"data={labels}", f"out={root}/student", f"trainer.minutes={minutes}", *size]),
+        ("export", [f"checkpoint={student}", f"out={root}/export"]),
+        ("verify", [f"export={root}/export", f"labels={held_out_labels}", f"truth={held_out}"]),
     ]
     for number, (verb, overrides) in enumerate(steps, 1):
         print(f"[{number}/{len(steps)}] distill {verb} {' '.join(overrides)}", flush=True)
