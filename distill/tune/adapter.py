@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.tune.pairs import Batch
 from teacher import prompts
-from teacher.generators.mini import MiniGenerator, draw, text_batch
+from teacher.generators.mini_generator import MiniGenerator, draw, text_batch
 from teacher.generators.mini_net import Features, MiniNet
 from teacher.prompts import KINDS
 

@@ -191,7 +191,8 @@ class Pairs:
             normals = np.asarray(scenes.normals[index])[:, flip].astype(np.float32) / 127
             if mirror:
                 normals[..., 0] *= -1
-            return prompts.normals(rng=rng), normals, np.asarray(normals.any(-1), np.float32)
+            normals[~normals.any(-1)] = -1  # black: no surface, as NormalCodec encodes NaN
+            return prompts.normals(rng=rng), normals, ones
         if kind == "semantic":
             return self._semantic(np.asarray(scenes.semantic[index])[:, flip], rng)
         if kind == "instances":

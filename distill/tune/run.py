@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
 from pathlib import Path
@@ -36,7 +37,7 @@ def tune(
     small_steps: int = 4000,
     batch: int = 32,
     prompts_per_image: int = 2,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     warmup: int = 200,
     decay: int = 2000,
     ema: float = 0.999,
@@ -88,6 +89,13 @@ def tune(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     scenes = load_scenes(data, cache=str(folder / "cache"))
+    height, width = scenes.image.shape[1:3]
+    unit = 16 if small_steps else 8
+    if height % unit or width % unit:
+        raise UsageError(
+            f"{data}: scenes are {width}x{height}, expected multiples of {unit}"
+            f"{' (8 with small_steps=0)' if small_steps else ''}"
+        )
     train, back = split(scenes, min(held_back, len(scenes) // 4))
     plan = Plan(generate_steps, small_steps, steps, retention, weights)
     torch.manual_seed(seed)
@@ -153,7 +161,7 @@ def _module(
     decay: int,
     ema: float,
 ) -> TuneModule:
-    from teacher.generators.mini import MiniGenerator
+    from teacher.generators.mini_generator import MiniGenerator
 
     sizes = dict(network or {})
     start = None
@@ -189,10 +197,12 @@ def _fit(module: TuneModule, stream: Stream, keeper: Keeper, device: str) -> Non
     if stream.start >= stream.plan.steps:
         return
     accelerator, _, index = device.partition(":")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Lightning asks for loader workers and a length; one process and a stream are intended
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*`__len__`.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.11
         trainer = L.Trainer(
             max_epochs=1,
             accelerator={"cuda": "gpu"}.get(accelerator, accelerator),

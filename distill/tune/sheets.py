@@ -13,7 +13,8 @@ from distill.tune.adapter import Generator
 from distill.tune.pairs import Batch, Pairs
 from distill.tune.scenes_cache import CODES, C
 from teacher.codecs.depth import DepthCodec
-from teacher.generators.mini import to_pictures
+from teacher.codecs.normals import NormalCodec
+from teacher.generators.mini_generator import to_pictures
 from teacher.metrics import depth_metrics, normal_metrics
 from teacher.prompts import KINDS
 
@@ -43,7 +44,7 @@ def validate(
         if np.isfinite(value):
             numbers.setdefault(name, []).append(value)
 
-    codec = DepthCodec()
+    codec, normal_codec = DepthCodec(), NormalCodec()
     for kind, source in pairs.items():
         for i in range(batches):
             batch = source.draw(i)
@@ -60,7 +61,9 @@ def validate(
                     add("delta1", scores["delta1"])
                     add("abs_rel", scores["abs_rel"])
                 elif kind == "normals":
-                    scores = normal_metrics(_unit(drawn[n]), _unit(truth[n], known[n]))
+                    expected = normal_codec.decode(truth[n])[0]
+                    expected[~known[n]] = np.nan
+                    scores = normal_metrics(_directions(normal_codec, drawn[n]), expected)
                     add("normals_mean_deg", scores["mean_deg"])
                     add("normals_within_11_25", scores["within_11_25"])
                 else:
@@ -69,12 +72,11 @@ def validate(
     return {name: float(np.mean(values)) for name, values in numbers.items()}
 
 
-def _unit(picture: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
-    n = picture.astype(np.float32) / 127.5 - 1
-    n /= np.linalg.norm(n, axis=-1, keepdims=True).clip(1e-6)
-    if known is not None:
-        n[~known] = np.nan
-    return n
+def _directions(codec: NormalCodec, picture: np.ndarray) -> np.ndarray:
+    """Decoded normals; a colour without a direction counts as facing the camera."""
+    normals = codec.decode(picture)[0]
+    normals[np.isnan(normals[..., 0])] = (0, 0, 1)
+    return normals
 
 
 def sheet(generator: Generator, pairs: dict[str, Pairs], *, steps: int) -> Image.Image:

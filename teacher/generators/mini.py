@@ -1,200 +1,225 @@
 """The mini teacher: a small generator trained here, asked in words, answering in RGB pictures.
 
-`MiniGenerator` is the pipeline (image or none + prompt + seed + steps -> picture); `MiniTeacher`
-asks it a task's prompt and decodes the picture. The flow and the network are in `mini_net.py`.
+Depth, normals, semantic classes and instances all come from one network, chosen by the prompt;
+codecs decode the pictures, several seeds (and the mirror image) give a spread.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
+import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from teacher import consensus, prompts
+from teacher.codecs.depth import DepthCodec
+from teacher.codecs.normals import NormalCodec
+from teacher.codecs.segmentation import InstanceCodec, PaletteCodec, merge_passes
 from teacher.errors import UsageError
-from teacher.generators.mini_net import Features, MiniNet, Text
-from teacher.generators.mini_text import tokenize
-from teacher.prompts import KINDS
+from teacher.generators import Query
+from teacher.generators.mini_generator import WEIGHTS, MiniGenerator, key_seed
+from teacher.label import Answer, Camera, Space, Task
 
-FORMAT, VERSION = "mini-generator", 1
-WEIGHTS = Path(__file__).parent.parent / "weights" / "mini.safetensors"
-REFUSE_BELOW = 0.5  # probability that the prompt asks for something the generator was tuned for
-
-
-def text_batch(texts: Sequence[str], *, max_tokens: int, device: torch.device) -> Text:
-    """Prompts -> stacked tokens on ``device``, cut to the longest prompt of the batch."""
-    tokens = [tokenize(t, max_tokens=max_tokens) for t in texts]
-    length = max(1, max(int(t.mask.sum()) for t in tokens))
-    ngrams, rgb, mask, at, colour_mask = (
-        torch.from_numpy(np.stack(part)) for part in zip(*tokens, strict=True)
-    )
-    cut = (ngrams[:, :length], rgb[:, :length], mask[:, :length], at, colour_mask)
-    return Text(*(t.to(device) for t in cut))
+TASKS = (Task.DEPTH, Task.NORMALS, Task.SEMANTIC, Task.INSTANCES)
+NORMALS_MAX_RESIDUAL = 64.0  # nearer to no direction (black, 93; grey, 127) than this is unknown
+CLASS_MAX_DISTANCE = 64.0
+COLOUR_NOISE = 6.0  # scatter of the generator's flat colours per channel, 0..255
+THING_SHARE = 0.002  # a class is looked for as instances if it covers this share of the picture
+ROWS = 32  # pictures per call of the network
 
 
-def draw(
-    net: MiniNet, texts: Sequence[str], features: Features, noise: Tensor, *, steps: int
-) -> Tensor:
-    """Integrate the flow from noise [N, 3, H, W] at s = 1 to s = 0 in ``steps`` equal steps.
+class MiniTeacher:
+    """Asks the mini generator for dense answers.
 
-    One step returns the network's first estimate of the clean picture. float32 in [-1, 1].
-    """
-    text = text_batch(texts, max_tokens=net.max_tokens, device=noise.device)
-    prompt = net.text(text)
-    x, times = noise, torch.linspace(1, 0, steps + 1).tolist()
-    for now, then in itertools.pairwise(times):
-        s = torch.full((len(texts),), now, device=noise.device)
-        clean = net(x, s, prompt, text, features).float()
-        x = clean + (then / now) * (x - clean)
-    return x.clamp(-1, 1)
-
-
-def noise_for(seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """One noise picture [3, H, W] per seed, the same on every device and in every batch."""
-    pictures = [
-        torch.randn(3, *size, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds
-    ]
-    return torch.stack(pictures)
-
-
-def key_seed(key: str, seed: int) -> int:
-    """The noise seed of image ``key``: answers never depend on what else is in the batch."""
-    return int.from_bytes(hashlib.sha256(f"{key}/{seed}".encode()).digest()[:7], "big")
-
-
-def to_pictures(x: Tensor) -> np.ndarray:
-    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3]."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(
-        0, 2, 3, 1
-    ).cpu().numpy()  # fmt: skip
-
-
-class MiniGenerator:
-    """Image (or none) + prompt + seed + steps -> RGB picture, as a diffusers pipeline would.
-
-    Images are resampled to the size the network was tuned at; the picture comes back in that
-    size's pixels (`working_size`), because an encoded picture must not be resampled.
+    The picture is drawn at the size the generator was tuned at and decoded there; values are
+    then resampled (nearest) to the query's size. Depth is drawn for the canonical camera and
+    multiplied by focal / canonical focal.
     """
 
-    def __init__(self, net: MiniNet, card: dict[str, Any], *, sha256: str = "") -> None:
-        """``card`` is the JSON beside the weights: network sizes, tuning size, provenance."""
-        self.net, self.card, self.sha256 = net, card, sha256
-        self.device = next(net.parameters()).device
-        self.precision = torch.bfloat16
+    tasks = TASKS
 
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str] = WEIGHTS, *, device: str = "cpu"
-    ) -> MiniGenerator:
-        """Load ``mini.safetensors`` and the ``.json`` card beside it."""
-        weights = Path(path)
-        card_path = weights.with_suffix(".json")
-        if not weights.exists() or not card_path.exists():
-            raise UsageError(
-                f"mini teacher: {weights} (with its .json card) not found; the package ships one,"
-                " `distill tune` makes another"
-            )
-        card = json.loads(card_path.read_text())
-        if card.get("format") != FORMAT or card.get("version", 0) > VERSION:
-            found = f"{card.get('format')} version {card.get('version')}"
-            raise UsageError(f"{card_path}: found {found}, expected {FORMAT} version <= {VERSION}")
-        net = MiniNet(**card["network"])
-        stored = {k: v.float() for k, v in load_file(weights).items()}
-        try:
-            net.load_state_dict(stored)
-        except RuntimeError as error:
-            raise UsageError(f"{weights} does not fit the card beside it: {error}") from None
-        net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
-        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-        return cls(net, card, sha256=sha256)
-
-    @staticmethod
-    def save(
-        path: str | os.PathLike[str], weights: dict[str, Tensor], card: dict[str, Any]
-    ) -> Path:
-        """Write float16 weights and the card, each atomically; returns the weights' path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        half = {k: v.detach().cpu().to(torch.float16).contiguous() for k, v in weights.items()}
-        part = target.with_name(target.name + ".part")
-        save_file(half, part, metadata={"format": FORMAT})
-        part.replace(target)
-        full = {"format": FORMAT, "version": VERSION, **card}
-        card_part = target.with_name(target.stem + ".json.part")
-        card_part.write_text(json.dumps(full, indent=1, sort_keys=True) + "\n")
-        card_part.replace(target.with_suffix(".json"))
-        return target
-
-    def working_size(self, height: int, width: int) -> tuple[int, int]:
-        """The multiple-of-8 size nearest the image's shape with the tuning size's area."""
-        tuned_h, tuned_w = self.card["size"]
-        scale = (tuned_h * tuned_w / (height * width)) ** 0.5
-        return max(8, round(height * scale / 8) * 8), max(8, round(width * scale / 8) * 8)
-
-    def kind_of(self, prompt: str) -> tuple[str, float]:
-        """What the prompt asks for (one of `prompts.KINDS`) and its probability."""
-        with torch.inference_mode():
-            text = text_batch([prompt], max_tokens=self.net.max_tokens, device=self.device)
-            share = self.net.text(text)[2].softmax(-1)[0]
-        best = int(share.argmax())
-        return KINDS[best], float(share[best])
-
-    def refuse_unknown(self, prompt: str) -> None:
-        """Raise `UsageError` for a request the generator was not tuned for."""
-        kind, share = self.kind_of(prompt)
-        if kind == "other" or share < REFUSE_BELOW:
-            known = ", ".join(KINDS[:-1])
-            raise UsageError(
-                f"mini teacher: the prompt {prompt!r} reads as {kind!r} ({share:.0%}); it was tuned"
-                f" for {known}; see teacher/prompts.py for wordings"
-            )
-
-    def encode(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> Features:
-        """uint8 [H, W, 3] images, resampled to ``size`` (area mean when shrinking) -> features."""
-        resized = []
-        for image in images:
-            x = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)
-            x = x.permute(2, 0, 1)[None].float() / 127.5 - 1
-            if x.shape[2:] != size:
-                x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-            resized.append(x)
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision):
-            return self.net.encode_image(torch.cat(resized))
-
-    def pictures(
-        self, features: Features, texts: Sequence[str], seeds: Sequence[int], *, steps: int
-    ) -> np.ndarray:
-        """One picture uint8 [N, h, w, 3] per row of ``features``, prompt and seed."""
-        size = (features.half.shape[2] * 2, features.half.shape[3] * 2)
-        noise = noise_for(seeds, size).to(self.device)
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision):
-            return to_pictures(draw(self.net, texts, features, noise, steps=steps))
-
-    def __call__(
+    def __init__(
         self,
-        image: np.ndarray | None,
-        prompt: str,
         *,
-        seed: int = 0,
+        weights: str | os.PathLike[str] | None = None,
         steps: int = 1,
-        size: tuple[int, int] | None = None,
-    ) -> np.ndarray:
-        """One picture uint8 [h, w, 3]; without an image the prompt is a caption to be drawn."""
-        self.refuse_unknown(prompt)
-        tuned_h, tuned_w = self.card["size"]
-        if image is None:
-            size = size or (tuned_h, tuned_w)
-            features = self.net.no_image(size, 1)
-        else:
-            size = size or self.working_size(image.shape[0], image.shape[1])
-            features = self.encode([image], size)
-        return self.pictures(features, [prompt], [seed], steps=steps)[0]
+        seeds: int = 1,
+        mirror: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        """Load the weights; ``seeds`` and ``mirror`` say how many answers make one."""
+        if steps < 1:
+            raise UsageError(f"mini teacher: steps={steps}, expected at least 1")
+        self.generator = MiniGenerator.from_pretrained(weights or WEIGHTS, device=device)
+        self.steps, self.variants = steps, consensus.variants(seeds=seeds, mirror=mirror)
+        card = self.generator.card
+        self.classes = {int(k): str(v) for k, v in card["classes"].items()}
+        self.things = [str(n) for n in card["things"]]
+        self.palette = PaletteCodec.automatic(
+            list(self.classes.values()), max_distance=CLASS_MAX_DISTANCE
+        )
+        self.depth_codec, self.normal_codec = DepthCodec(), NormalCodec(axes="ours")
+        self.instance_codec = InstanceCodec.for_noise(COLOUR_NOISE, background="black")
+
+    def prompt(self, task: Task, *, name: str = "") -> str:
+        """The sentence asked for ``task``; instances need the class ``name``."""
+        if task is Task.DEPTH:
+            return prompts.depth()
+        if task is Task.NORMALS:
+            return prompts.normals()
+        if task is Task.SEMANTIC:
+            names = dict(zip(self.palette.names, self.palette.colours, strict=True))
+            return prompts.semantic(names, notation="hex")
+        return prompts.instances(name, background="black")
+
+    def describe(self) -> dict[str, Any]:
+        """See `Teacher.describe`."""
+        return {
+            "name": "mini",
+            "weights_sha256": self.generator.sha256,
+            "steps_trained": self.generator.card.get("steps_trained"),
+            "license": self.generator.card.get("license"),
+            "prompts": {str(t): self.prompt(t, name="{name}") for t in TASKS},
+            "prompts_version": prompts.VERSION,
+            "steps": self.steps,
+            "askings": [{"seed": v.seed, "mirror": v.mirror} for v in self.variants],
+            "codecs": {
+                "depth": self.depth_codec.to_json(),
+                "normals": self.normal_codec.to_json(),
+                "semantic": self.palette.to_json(),
+            },
+            "classes": {str(k): v for k, v in self.classes.items()},
+        }
+
+    def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
+        """See `Teacher.answer`; any image size of at least 8x8, any mixture of sizes."""
+        wanted = [self._task(t) for t in tasks]
+        return [self._answer_one(q, wanted) for q in queries]
+
+    def _task(self, task: Task | str) -> Task:
+        try:
+            return Task(task)
+        except ValueError:
+            known = ", ".join(str(t) for t in TASKS)
+            raise UsageError(f"mini teacher: unknown task {task!r}; it answers {known}") from None
+
+    def _answer_one(self, query: Query, tasks: Sequence[Task]) -> dict[Task, Answer]:
+        """All variants of one image together: the encoder runs once per variant."""
+        height, width = query.image.shape[:2]
+        if min(height, width) < 8:
+            raise UsageError(
+                f"mini teacher: image {query.key!r} is {width}x{height}, expected at least 8x8"
+            )
+        size = self.generator.working_size(height, width)
+        asked = [v.apply(query) for v in self.variants]
+        features = self.generator.encode([q.image for q in asked], size)
+        seeds = [key_seed(query.key, v.seed) for v in self.variants]
+        draw = functools.partial(self._draw, features, seeds)
+        found: dict[Task, list[Answer]] = {}
+        simple = [t for t in tasks if t is not Task.INSTANCES]
+        if Task.INSTANCES in tasks and Task.SEMANTIC not in simple:
+            simple.append(Task.SEMANTIC)  # says which classes to look for
+        pictures = draw([self.prompt(t) for t in simple])
+        for task, drawn in zip(simple, pictures, strict=True):
+            found[task] = [
+                self._decode(task, picture, q.camera)
+                for picture, q in zip(drawn, asked, strict=True)
+            ]
+        if Task.INSTANCES in tasks:
+            found[Task.INSTANCES] = self._instances(draw, found[Task.SEMANTIC])
+        return {t: self._merged(found[t], asked, query) for t in tasks}
+
+    def _draw(self, features: Any, seeds: list[int], texts: list[str]) -> np.ndarray:
+        """Pictures [prompts, variants, h, w, 3], in calls of at most `ROWS` rows."""
+        import torch
+
+        rows = [(text, k) for text in texts for k in range(len(seeds))]
+        parts = []
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS]
+            at = torch.tensor([k for _, k in part], device=features.half.device)
+            parts.append(
+                self.generator.pictures(
+                    features.select(at), [t for t, _ in part], [seeds[k] for _, k in part],
+                    steps=self.steps,
+                )
+            )  # fmt: skip
+        drawn = np.concatenate(parts)
+        return drawn.reshape(len(texts), len(seeds), *drawn.shape[1:])
+
+    def _decode(self, task: Task, picture: np.ndarray, camera: Camera) -> Answer:
+        """One picture at working size -> an answer at working size."""
+        extras = {"prompt": self.prompt(task), "steps": self.steps}
+        if task is Task.DEPTH:
+            canonical_m, residual = self.depth_codec.decode(picture)
+            focal_px = camera.fx * picture.shape[1] / camera.width
+            depth_m = canonical_m * np.float32(focal_px / self.generator.card["focal_px"])
+            return Answer(task=task, space=Space.METRIC, values=depth_m, residual=residual,
+                          picture=picture, extras=extras)  # fmt: skip
+        if task is Task.NORMALS:
+            normals, residual = self.normal_codec.decode(picture, max_residual=NORMALS_MAX_RESIDUAL)
+            return Answer(task=task, space=Space.UNIT_NORMALS, values=normals, residual=residual,
+                          picture=picture, extras=extras)  # fmt: skip
+        places, residual = self.palette.decode(picture)
+        table = np.full(np.iinfo(places.dtype).max + 1, np.iinfo(places.dtype).max, places.dtype)
+        table[: len(self.classes)] = list(self.classes)
+        return Answer(task=task, space=Space.CLASS_IDS, values=table[places], residual=residual,
+                      picture=picture, extras=extras)  # fmt: skip
+
+    def _instances(self, draw: Any, semantic: Sequence[Answer]) -> list[Answer]:
+        """One pass per class that any variant's semantic answer shows; passes joined by score."""
+        seen = np.stack([a.values for a in semantic])
+        by_name = {name: i for i, name in self.classes.items()}
+        names = [n for n in self.things if (seen == by_name[n]).mean() >= THING_SHARE]
+        shape = seen.shape[1:]
+        empty = {"instances": [], "prompts": [], "steps": self.steps}
+        if not names:
+            return [
+                Answer(task=Task.INSTANCES, space=Space.INSTANCE_IDS,
+                       values=np.zeros(shape, np.uint16), extras=dict(empty))
+                for _ in semantic
+            ]  # fmt: skip
+        texts = [self.prompt(Task.INSTANCES, name=n) for n in names]
+        pictures = draw(texts)
+        answers = []
+        for k in range(len(semantic)):
+            passes = []
+            for name, drawn in zip(names, pictures[:, k], strict=True):
+                ids, table = self.instance_codec.decode(drawn)
+                passes.append((name, ids, table))
+            values, merged = merge_passes(passes)
+            for row in merged:
+                row["class_id"] = by_name[row["class"]]
+            extras = {"instances": merged, "prompts": texts, "steps": self.steps}
+            answers.append(Answer(task=Task.INSTANCES, space=Space.INSTANCE_IDS, values=values,
+                                  extras=extras))  # fmt: skip
+        return answers
+
+    def _merged(self, answers: list[Answer], asked: Sequence[Query], query: Query) -> Answer:
+        """Bring every variant's answer to the query's pixels, undo it, and find the consensus."""
+        height, width = query.image.shape[:2]
+        whole = []
+        for answer, variant, question in zip(answers, self.variants, asked, strict=True):
+            h, w = question.image.shape[:2]
+            whole.append(variant.undo(_resampled(answer, h, w), height=height, width=width))
+        merged = consensus.merge(whole)
+        merged.extras["seeds"] = [key_seed(query.key, v.seed) for v in self.variants]
+        return merged
+
+
+def _resampled(answer: Answer, height: int, width: int) -> Answer:
+    """The answer at another size by picking nearest pixel centres; nothing is averaged."""
+    h, w = answer.values.shape[:2]
+    if (h, w) == (height, width):
+        return answer
+    rows = ((np.arange(height) + 0.5) * h / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * w / width).astype(int)
+
+    def pick(array: np.ndarray | None) -> Any:
+        return None if array is None else np.ascontiguousarray(array[rows][:, columns])
+
+    return Answer(task=answer.task, space=answer.space, values=pick(answer.values),
+                  residual=pick(answer.residual), picture=pick(answer.picture),
+                  uncertainty=pick(answer.uncertainty), extras=answer.extras)  # fmt: skip
