@@ -23,7 +23,7 @@ def decode_instances(
     framed = (height + 2 * kernels.MARGIN) * (width + 2 * kernels.MARGIN)
     packed = np.zeros(framed, np.uint32)
     labels = np.zeros(framed, np.int32)
-    limit = codec.tau**2
+    limit = float(codec.tau) ** 2
     kernels.prepare(rgb, np.array(codec.background), limit, packed, labels)
     stack = np.empty(framed, np.int64)
     count = kernels.flood(packed, labels, shape, limit, stack)
@@ -38,7 +38,7 @@ def decode_instances(
     for i, group in enumerate(groups, start=1):
         final[group] = i
         means[i] = facts[group, COLOUR].sum(0) / facts[group, AREA].sum()
-    likeness = kernels.finish(packed, labels, shape, final, specks, means, codec.tau, ids)
+    likeness = kernels.finish(packed, labels, shape, final, specks, means, float(codec.tau), ids)
     areas = np.bincount(ids.ravel(), minlength=len(groups) + 1)
     table = [
         {

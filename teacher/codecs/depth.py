@@ -29,6 +29,7 @@ from teacher.codecs.curves import Curve
 from teacher.codecs.edges import MIN_TRIGGER, snap_edges
 from teacher.errors import UsageError
 
+Number = float | int  # at run time beartype takes float alone literally
 EDGES = ("snap", "nearest")
 SKY_MARGIN = 1 / 121  # the share of the code beyond the default far_m: 15 steps of the walk
 
@@ -41,19 +42,19 @@ class PowerTransform:
     ranges. Infinite depth is u = 1.
     """
 
-    lam: float = -3.0
-    c: float = 10 / 3
+    lam: Number = -3.0
+    c: Number = 10 / 3
 
     def __post_init__(self) -> None:
         """Refuse parameters for which u does not grow from 0 to 1."""
         if not (self.lam < -1 and self.c > 0 and math.isfinite(self.lam * self.c)):
             raise UsageError(
-                f"PowerTransform: needs lam < -1, c > 0, got lam={self.lam} c={self.c}"
+                f"PowerTransform: needs lam < -1 and c > 0, got lam={self.lam} c={self.c}"
             )
 
     def coefficients(self) -> tuple[float, float, float, float, float]:
         """(o, m, p, a, b) of u = a + b (o + m d)^p."""
-        return 1.0, -1 / (self.lam * self.c), self.lam + 1, 1.0, -1.0
+        return 1.0, -1 / (self.lam * self.c), float(self.lam + 1), 1.0, -1.0
 
     @property
     def range_m(self) -> tuple[float, float]:
@@ -68,9 +69,9 @@ class PlainPower:
     gamma = 1 is linear, 0.5 the square root, -1 disparity.
     """
 
-    gamma: float = 0.5
-    near_m: float = 0.1
-    far_m: float = 100.0
+    gamma: Number = 0.5
+    near_m: Number = 0.1
+    far_m: Number = 100.0
 
     def __post_init__(self) -> None:
         """Refuse gamma = 0 and an empty range."""
@@ -83,12 +84,12 @@ class PlainPower:
     def coefficients(self) -> tuple[float, float, float, float, float]:
         """(o, m, p, a, b) of u = a + b (o + m d)^p."""
         low, high = self.near_m**self.gamma, self.far_m**self.gamma
-        return 0.0, 1.0, self.gamma, -low / (high - low), 1 / (high - low)
+        return 0.0, 1.0, float(self.gamma), -low / (high - low), 1 / (high - low)
 
     @property
     def range_m(self) -> tuple[float, float]:
         """(near, far)."""
-        return self.near_m, self.far_m
+        return float(self.near_m), float(self.far_m)
 
 
 TRANSFORMS: dict[str, type[PowerTransform] | type[PlainPower]] = {
@@ -112,8 +113,8 @@ class DepthCodec:
     curve: str = "cube-walk"
     order: int = 1
     transform: PowerTransform | PlainPower = PowerTransform()
-    far_m: float | None = None
-    near_m: float | None = None
+    far_m: Number | None = None
+    near_m: Number | None = None
 
     def __post_init__(self) -> None:
         """Fill in the default range and refuse an empty one."""
@@ -150,7 +151,7 @@ class DepthCodec:
         o, m, p, a, b = self.forward()
         return -a / b, 1 / b, 1 / p, -o / m, 1 / m
 
-    def level(self, depth_m: float) -> float:
+    def level(self, depth_m: Number) -> float:
         """Where a depth lies on the curve, in 8-bit colour steps, unrounded."""
         o, m, p, a, b = self.forward()
         return a + b * (o + m * depth_m) ** p
@@ -185,7 +186,7 @@ class DepthCodec:
         self,
         rgb: Shaped[np.ndarray, "*n 3"],
         *,
-        max_residual: float | None = None,
+        max_residual: Number | None = None,
         edges: str = "snap",
     ) -> tuple[Float32[np.ndarray, "*n"], Float32[np.ndarray, "*n"]]:
         """Read a picture back: (depth in metres, residual 0..255).
@@ -216,7 +217,7 @@ class DepthCodec:
         unit: float,
         depth_m: np.ndarray,
         residual: np.ndarray,
-        max_residual: float | None,
+        max_residual: Number | None,
     ) -> None:
         height, width = depth_m.shape[-2:]
         rejected = residual > max_residual if max_residual is not None else None
@@ -233,7 +234,7 @@ class DepthCodec:
             depth_m[rejected] = np.nan
 
     def _nearest(
-        self, pixels: np.ndarray, max_residual: float | None
+        self, pixels: np.ndarray, max_residual: Number | None
     ) -> tuple[np.ndarray, np.ndarray, float]:
         """Depth and residual of flat pixels, and the largest residual."""
         limit = math.inf if max_residual is None else max_residual**2

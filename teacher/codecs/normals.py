@@ -70,7 +70,7 @@ class NormalCodec:
         return rgb.reshape(normals.shape)
 
     def decode(
-        self, rgb: Shaped[np.ndarray, "*n 3"], *, max_residual: float | None = None
+        self, rgb: Shaped[np.ndarray, "*n 3"], *, max_residual: float | int | None = None
     ) -> tuple[Float32[np.ndarray, "*n 3"], Float32[np.ndarray, "*n"]]:
         """Read a picture back: (unit normals of our frame, residual 0..255).
 
@@ -84,7 +84,7 @@ class NormalCodec:
         normals = np.empty(pixels.size, np.float32)
         residual = np.empty(pixels.size // 3, np.float32)
         unit = 255.0 if pixels.dtype == np.uint8 else 1.0
-        limit = math.inf if max_residual is None else max_residual
+        limit = math.inf if max_residual is None else float(max_residual)
         decode_normals(pixels, unit, normals, residual, AXES[self.axes], limit)
         return normals.reshape(rgb.shape), residual.reshape(rgb.shape[:-1])
 

@@ -45,8 +45,8 @@ class PaletteCodec:
         self,
         classes: Mapping[str, Colour],
         *,
-        min_distance: float = 16.0,
-        max_distance: float = 64.0,
+        min_distance: float | int = 16.0,
+        max_distance: float | int = 64.0,
     ) -> None:
         """``classes``: name -> (r, g, b), "#rrggbb" or CSS colour name."""
         if not 1 <= len(classes) <= 65535:
@@ -72,7 +72,11 @@ class PaletteCodec:
 
     @classmethod
     def automatic(
-        cls, names: Sequence[str], *, fixed: Mapping[str, Colour] | None = None, **limits: float
+        cls,
+        names: Sequence[str],
+        *,
+        fixed: Mapping[str, Colour] | None = None,
+        **limits: float | int,
     ) -> PaletteCodec:
         """Colours as far apart as found for ``names``; those in ``fixed`` keep theirs."""
         fixed = dict(fixed or {})
@@ -175,11 +179,11 @@ class InstanceCodec:
     """
 
     background: Colour = "black"
-    tau: float = 14.0
-    min_area: float = 2e-4
-    min_core: float = 0.1
+    tau: float | int = 14.0
+    min_area: float | int = 2e-4
+    min_core: float | int = 0.1
     erosion_px: int | None = None
-    max_spread: float = 5.0
+    max_spread: float | int = 5.0
 
     def __post_init__(self) -> None:
         """Refuse thresholds without a meaning."""
@@ -191,7 +195,7 @@ class InstanceCodec:
             )
 
     @classmethod
-    def for_noise(cls, sigma: float, **others: Any) -> InstanceCodec:
+    def for_noise(cls, sigma: float | int, **others: Any) -> InstanceCodec:
         """Thresholds for a generator whose colours scatter by ``sigma`` (0..255) per channel.
 
         A pixel differs from its seed's mean of nine by sigma sqrt(10/9) per channel; tau is the
@@ -231,7 +235,9 @@ class InstanceCodec:
 
 
 def merge_passes(
-    passes: Sequence[tuple[str, np.ndarray, list[dict[str, Any]]]], *, min_visible: float = 0.5
+    passes: Sequence[tuple[str, np.ndarray, list[dict[str, Any]]]],
+    *,
+    min_visible: float | int = 0.5,
 ) -> tuple[UInt16[np.ndarray, "h w"], list[dict[str, Any]]]:
     """Join the passes (class name, ids, table) of several classes; a higher score lies on top.
 
