@@ -242,24 +242,6 @@ def test_minutes_end_a_lesson_and_its_schedule(labels, tmp_path):
     assert curve(tmp_path / "run")[-1]["lr"] < 1e-3
 
 
-@pytest.mark.slow
-def test_a_student_learns_the_analytic_scenes(tmp_path):
-    write_analytic_set(tmp_path / "set", n=200)
-    write_analytic_set(tmp_path / "more", n=40, first_seed=1000)
-    student = {**STUDENT, "height": 48, "width": 64, "backbone": "test_resnet"}
-    trainer = {**TRAINER, "steps": 400, "batch_size": 8, "val_share": 0.1, "warmup_steps": 40}
-    result = train(
-        data=[str(tmp_path / "set"), str(tmp_path / "more")],
-        weights=[1, 1],
-        out=str(tmp_path / "run"),
-        student=student,
-        trainer={**trainer, "val_every": 1000, "checkpoint_every": 1000},
-    )
-    numbers = result["validation"]
-    assert numbers["delta1"] > 0.75 and numbers["abs_rel"] < 0.2, numbers
-    assert numbers["mean_deg"] < 12 and numbers["miou"] > 0.7, numbers
-
-
 @pytest.mark.parametrize(
     "change, text",
     [
