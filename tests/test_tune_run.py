@@ -26,14 +26,14 @@ def rooms(tmp_path_factory):
         "tasks": ["depth", "normals", "semantic", "instances"],
         "classes": {str(k): v for k, v in CLASSES.items()},
     }
-    write_label_set(path, n=16, make=lambda i: room(i, height=16, width=32), dataset=dataset)
+    write_label_set(path, n=14, make=lambda i: room(i, height=16, width=32), dataset=dataset)
     return str(path)
 
 
 def options(rooms, out, **more):
     return {
         "teacher": "mini", "data": rooms, "out": str(out), "steps": 6, "generate_steps": 2,
-        "small_steps": 3, "batch": 4, "warmup": 2, "decay": 2, "held_back": 4, "network": TINY,
+        "small_steps": 3, "batch": 4, "warmup": 2, "decay": 2, "held_back": 0.3, "network": TINY,
         "validate_every": 0, "threads": 1, **more,
     }  # fmt: skip
 

@@ -45,7 +45,7 @@ def tune(
     task_weights: dict[str, float] | None = None,
     colour_map_share: float = 0.1,
     single_step_share: float = 0.35,
-    held_back: int = 64,
+    held_back: float = 0.04,
     validate_every: int = 500,
     max_minutes: float = 0.0,
     threads: int = 2,
@@ -68,7 +68,7 @@ def tune(
         task_weights: relative shares of depth, normals, semantic, instances.
         colour_map_share: depth answers in another colour map, named in the prompt.
         single_step_share: pairs at pure noise, which train the single-step answer.
-        held_back: scenes kept for validation.
+        held_back: share of the scenes kept for validation; which ones depends on their keys alone.
         validate_every: steps between sheets (0: never).
         max_minutes: length of this slice (0: no limit).
         threads, device: where to compute.
@@ -96,7 +96,12 @@ def tune(
             f"{data}: scenes are {width}x{height}, expected multiples of {unit}"
             f"{' (8 with small_steps=0)' if small_steps else ''}"
         )
-    train, back = split(scenes, min(held_back, len(scenes) // 4))
+    train, back = split(scenes, held_back)
+    if not len(train) or not len(back):
+        raise UsageError(
+            f"{data}: {len(scenes)} scenes leave {len(train)} to train on and {len(back)} to"
+            f" validate with held_back={held_back}; render more scenes or change the share"
+        )
     plan = Plan(generate_steps, small_steps, steps, retention, weights)
     torch.manual_seed(seed)
     module = _module(network, init, plan, lr, warmup, decay, ema)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +130,9 @@ def load_scenes(path: str, *, cache: str) -> Scenes:
     folder = Path(cache) / digest
     if not (folder / "facts.json").exists():
         _build(label_set, keys, size, folder, path)
+        for other in Path(cache).iterdir():  # of the set before it grew
+            if other != folder:
+                shutil.rmtree(other)
     facts = json.loads((folder / "facts.json").read_text())
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _PLANES}
     return Scenes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,14 @@ class Stream(IterableDataset):
             yield step, self.sources[name].draw(step)
 
 
-def split(scenes: Scenes, held_back: int) -> tuple[Scenes, Scenes]:
-    """Training and validation scenes; which is which depends on the key alone."""
-    order = np.argsort(np.array(scenes.keys))
-    back, train = np.sort(order[:held_back]), np.sort(order[held_back:])
-    return _take(scenes, train), _take(scenes, back)
+def split(scenes: Scenes, held_back: float) -> tuple[Scenes, Scenes]:
+    """Training and validation scenes; a scene's side depends on its key alone.
+
+    So a set that grows between two slices of a run never moves a scene to the other side.
+    """
+    shares = [int(sha256(k.encode()).hexdigest()[:8], 16) / 2**32 for k in scenes.keys]
+    back = np.array(shares) < held_back
+    return _take(scenes, np.flatnonzero(~back)), _take(scenes, np.flatnonzero(back))
 
 
 def _take(scenes: Scenes, at: np.ndarray) -> Scenes:

@@ -1,0 +1,230 @@
+"""The mini teacher against truth: the bars of its issue, measured on a held-out label set.
+
+python -m tests.benchmarks.mini_teacher LABELS [--weights W] [--limit N] [--steps 1] [--seeds 1]
+    [--mirror] [--tasks depth normals ...] [--out report.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from tqdm import tqdm
+
+from teacher import metrics, prompts
+from teacher.codecs.segmentation import PaletteCodec
+from teacher.generators import Query
+from teacher.generators.mini import CLASS_MAX_DISTANCE, MiniTeacher
+from teacher.generators.mini_generator import key_seed
+from teacher.label import Label, Task
+from teacher.store import LabelSet
+
+BOUNDS = {"min_m": 0.3, "max_m": 40.0}
+KEPT = 0.97
+
+
+def auroc(doubt: np.ndarray, wrong: np.ndarray) -> float:
+    """Probability that a wrong pixel has more doubt than a right one (ties count half)."""
+    if wrong.all() or not wrong.any():
+        return float("nan")
+    ranks = rankdata(doubt)
+    positives = int(wrong.sum())
+    area = ranks[wrong].sum() - positives * (positives + 1) / 2
+    return float(area / (positives * (len(wrong) - positives)))
+
+
+def query_of(label: Label) -> Query:
+    return Query(key=label.key, image=label.image, camera=label.camera)
+
+
+def judge_depth(rows: list[tuple[Label, Any]]) -> dict[str, Any]:
+    """All valid pixels within the bounds, then the kept share with the least residual."""
+    per_image = [metrics.depth_metrics(clipped(a.values), t, **BOUNDS) for t, a in rows]
+    edges = [metrics.boundary_f1(clipped(a.values), t) for t, a in rows]
+    limit = np.quantile(np.concatenate([a.residual.ravel() for _, a in rows]), KEPT)
+    kept = []
+    doubts: dict[str, list[np.ndarray]] = {"residual": [], "spread": []}
+    wrong = []
+    for truth, answer in rows:
+        masked = np.where(answer.residual <= limit, truth, np.nan)
+        kept.append(metrics.depth_metrics(clipped(answer.values), masked, **BOUNDS))
+        _, ratio = metrics.depth_error_maps(clipped(answer.values), truth, **BOUNDS)
+        known = np.isfinite(ratio)
+        wrong.append(ratio[known] >= 1.25)
+        doubts["residual"].append(answer.residual[known])
+        if answer.uncertainty is not None:
+            doubts["spread"].append(np.nan_to_num(answer.uncertainty[known], nan=9.0))
+    errors = np.concatenate(wrong)
+    return {
+        "delta1": mean(per_image, "delta1"),
+        "abs_rel": mean(per_image, "abs_rel"),
+        "boundary_f1": float(np.nanmean(edges)),
+        "kept": {"residual_limit": float(limit), "delta1": mean(kept, "delta1"),
+                 "abs_rel": mean(kept, "abs_rel")},
+        "error_auroc": {k: auroc(np.concatenate(v), errors) for k, v in doubts.items() if v},
+    }  # fmt: skip
+
+
+def clipped(depth_m: np.ndarray) -> np.ndarray:
+    """Unknown counts as the near bound, sky as the far one: an answer is always judged."""
+    lo, hi = BOUNDS["min_m"], BOUNDS["max_m"]
+    return np.clip(np.nan_to_num(depth_m, nan=lo, posinf=hi), lo, hi).astype(np.float32)
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+    values = [r[name] for r in rows if np.isfinite(r[name])]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def judge_normals(rows: list[tuple[np.ndarray, Any]]) -> dict[str, float]:
+    """Missing directions count as facing the camera."""
+    scores = []
+    for truth, answer in rows:
+        normals = answer.values.copy()
+        normals[np.isnan(normals[..., 0])] = (0, 0, 1)
+        scores.append(metrics.normal_metrics(normals, truth))
+    return {k: mean(scores, k) for k in ("mean_deg", "median_deg", "within_11_25", "within_30")}
+
+
+def judge_palettes(teacher: MiniTeacher, labels: list[Label], steps: int) -> dict[str, float]:
+    """mIoU with a random palette per image over all classes, absent ones included."""
+    confusion = metrics.SemanticConfusion(classes=teacher.classes)
+    for label in tqdm(labels, desc="palettes", leave=False):
+        rng = np.random.default_rng(key_seed(label.key, 77))
+        names = list(rng.permutation(list(teacher.classes.values())))
+        colours = prompts.distinct_colours(len(names), rng=rng)
+        palette = dict(zip(names, colours, strict=True))
+        size = teacher.generator.working_size(*label.image.shape[:2])
+        features = teacher.generator.encode([label.image], size)
+        notation = prompts.NOTATIONS[int(rng.integers(len(prompts.NOTATIONS)))]
+        text = prompts.semantic(palette, notation=notation, rng=rng)
+        picture = teacher.generator.pictures(
+            features, [text], [key_seed(label.key, 0)], steps=steps
+        )[0]
+        codec = PaletteCodec(palette, max_distance=CLASS_MAX_DISTANCE)
+        by_name = {n: i for i, n in teacher.classes.items()}
+        table = np.full(256, 255, np.uint8)
+        table[: len(names)] = [by_name[n] for n in names]
+        confusion.add(table[codec.decode(picture)[0]], label.values[Task.SEMANTIC])
+    return {"miou": float(confusion.result()["miou"])}
+
+
+def judge_instances(rows: list[tuple[Label, Any]], classes: dict[int, str]) -> dict[str, float]:
+    """PQ over thing classes: an instance counts with its class."""
+    things = {i: n for i, n in classes.items()}
+    tally = metrics.PanopticTally(classes=things)
+    for label, answer in rows:
+        pred_class = np.zeros(answer.values.shape, np.uint8)
+        for row in answer.extras["instances"]:
+            pred_class[answer.values == row["id"]] = row["class_id"]
+        truth = label.values[Task.INSTANCES]
+        true_class = np.where(truth > 0, label.values[Task.SEMANTIC], 0).astype(np.uint8)
+        tally.add((pred_class, answer.values), (true_class, truth))
+    per_class = tally.result()["per_class"]
+    found = {
+        n: r for n, r in per_class.items() if r["tp"] + r["fn"] > 0 and n in set(classes.values())
+    }
+    scores = [r["pq"] for n, r in found.items() if r["tp"] + r["fn"] >= 5]
+    return {"pq": float(np.nanmean(scores)), "classes": len(scores)}
+
+
+def sweep(labels: list[Label], weights: str | None) -> list[dict[str, float]]:
+    """Depth delta1 and seconds per image over steps and seeds."""
+    found = []
+    for steps, seeds in itertools.product((1, 2, 4, 8), (1, 3, 8)):
+        if steps * seeds > 16:
+            continue
+        teacher = MiniTeacher(weights=weights, steps=steps, seeds=seeds)
+        began = time.perf_counter()
+        answers = [teacher.answer([query_of(x)], [Task.DEPTH])[0][Task.DEPTH] for x in labels]
+        seconds = (time.perf_counter() - began) / len(labels)
+        rows = [(x.values[Task.DEPTH], a) for x, a in zip(labels, answers, strict=True)]
+        numbers = judge_depth(rows)
+        found.append({"steps": steps, "seeds": seeds, "seconds": round(seconds, 4),
+                      "delta1": numbers["delta1"], "abs_rel": numbers["abs_rel"],
+                      "boundary_f1": numbers["boundary_f1"]})  # fmt: skip
+        print(found[-1], flush=True)
+    return found
+
+
+@torch.inference_mode()
+def judge_generation(teacher: MiniTeacher, labels: list[Label]) -> dict[str, float]:
+    """Squared error of the estimate from captions, at five times, beside an untrained network."""
+    from teacher.generators.mini_generator import noise_for, text_batch
+    from teacher.generators.mini_net import MiniNet
+
+    torch.manual_seed(0)
+    untrained = MiniNet(**teacher.generator.card["network"]).eval()
+    losses = {"trained": 0.0, "untrained": 0.0}
+    for label in labels:
+        clean = torch.from_numpy(label.image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        noise = noise_for([key_seed(label.key, 3)], clean.shape[2:])
+        text = text_batch([prompts.generate(label.provenance["caption"])], max_tokens=120,
+                          device=torch.device("cpu"))  # fmt: skip
+        for name, net in (("trained", teacher.generator.net), ("untrained", untrained)):
+            nothing = net.no_image(tuple(clean.shape[2:]), 1)
+            for s in (0.1, 0.3, 0.5, 0.7, 0.9):
+                noisy = (1 - s) * clean + s * noise
+                guess = net(noisy, torch.tensor([s]), net.text(text), text, nothing)
+                losses[name] += float((guess - clean).square().mean()) / 5 / len(labels)
+    return {**losses, "ratio": losses["untrained"] / losses["trained"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("labels")
+    parser.add_argument("--weights")
+    parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--mirror", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    label_set = LabelSet(given.labels)
+    keys = label_set.keys[: given.limit or None]
+    labels = [label_set[k] for k in keys]
+    teacher = MiniTeacher(
+        weights=given.weights, steps=given.steps, seeds=given.seeds, mirror=given.mirror
+    )
+    teacher.answer([query_of(labels[0])], list(Task))  # compiled kernels, first allocations
+    began, answers = time.perf_counter(), []
+    for label in tqdm(labels, desc="answers"):
+        answers.append(teacher.answer([query_of(label)], list(Task))[0])
+    seconds = (time.perf_counter() - began) / len(labels)
+
+    def rows(task: Task) -> list[Any]:
+        return [(x.values[task], a[task]) for x, a in zip(labels, answers, strict=True)]
+
+    report = {
+        "labels": given.labels, "images": len(labels), "steps": given.steps, "seeds": given.seeds,
+        "mirror": given.mirror, "threads": given.threads, "weights": teacher.generator.sha256,
+        "steps_trained": teacher.generator.card.get("steps_trained"),
+        "seconds_per_image_four_tasks": seconds,
+        "depth": judge_depth(rows(Task.DEPTH)),
+        "normals": judge_normals(rows(Task.NORMALS)),
+        "semantic": judge_palettes(teacher, labels, given.steps),
+        "instances": judge_instances(
+            [(x, a[Task.INSTANCES]) for x, a in zip(labels, answers, strict=True)], teacher.classes
+        ),
+        "generation": judge_generation(teacher, labels[:64]),
+    }  # fmt: skip
+    if given.sweep:
+        report["sweep"] = sweep(labels[:100], given.weights)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if given.out:
+        Path(given.out).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

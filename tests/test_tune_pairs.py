@@ -1,0 +1,160 @@
+"""Pairs for tuning: answers decode to the truth, prompts name what is painted, draws repeat."""
+
+import numpy as np
+import pytest
+import torch
+from mini_rooms import CLASSES, room
+
+from distill.tune.pairs import Pairs, colour_table, instance_colours, swap_sides
+from distill.tune.scenes_cache import Scenes, depth_codes, load_scenes
+from teacher.codecs.depth import DepthCodec
+from teacher.generators.mini_generator import to_pictures
+from teacher.generators.mini_text import parse_colour, words
+from teacher.label import Task
+from teacher.prompts import KINDS
+from teacher.store import write_label_set
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory) -> Scenes:
+    path = tmp_path_factory.mktemp("rooms")
+    dataset = {
+        "tasks": ["depth", "normals", "semantic", "instances"],
+        "classes": {str(k): v for k, v in CLASSES.items()},
+    }
+    write_label_set(path / "set", n=8, make=lambda i: room(i, height=32, width=48), dataset=dataset)
+    return load_scenes(str(path / "set"), cache=str(path / "cache"))
+
+
+def source(rooms, kind, **more):
+    options = {"batch": 4, "prompts_per_image": 1, "colour_map_share": 0.0} | more
+    return Pairs(rooms, weights={kind: 1.0}, **options)
+
+
+def test_the_walk_of_training_is_the_codecs_walk():
+    depth_m = np.array([[0.4, 1.0, 2.5, 7.0, 39.0, np.inf, np.nan]], np.float32)
+    painted = colour_table("cube-walk")[depth_codes(depth_m)]
+    ours = np.rint((painted + 1) * 127.5)
+    assert np.abs(ours - DepthCodec().encode(depth_m).astype(float)).max() <= 1
+
+
+def test_cached_values_are_the_labels_values(rooms):
+    label = room(int(rooms.keys[3][4:]), height=32, width=48)
+    scale = rooms.focal_px / label.camera.fx
+    decoded = DepthCodec().decode(
+        to_pictures(
+            torch.from_numpy(colour_table("cube-walk")[rooms.depth[3]]).permute(2, 0, 1)[None]
+        )
+    )[0][0]
+    assert np.abs(decoded / (label.values[Task.DEPTH] * scale) - 1).max() < 0.01
+    assert np.abs(rooms.normals[3] / 127 - label.values[Task.NORMALS]).max() < 0.01
+    assert (rooms.semantic[3] == label.values[Task.SEMANTIC]).all()
+    for i in np.unique(rooms.instances[3])[1:]:
+        mask = rooms.instances[3] == i
+        assert set(label.values[Task.SEMANTIC][mask]) == {rooms.instance_class[3, i]}
+
+
+def test_halving_averages_pictures_and_picks_labels(rooms):
+    small = rooms.halved()
+    block = rooms.image[0, 4:6, 10:12].astype(float).mean((0, 1))
+    assert np.abs(small.image[0, 2, 5] - block).max() <= 0.5
+    assert small.depth[0, 2, 5] == rooms.depth[0, 4, 10]
+    assert small.focal_px == rooms.focal_px / 2
+
+
+def test_the_same_step_gives_the_same_batch_and_another_step_another(rooms):
+    pairs = Pairs(rooms, weights={k: 1.0 for k in KINDS[:5]}, batch=8)
+    a, b, c = pairs.draw(7), pairs.draw(7), pairs.draw(8)
+    assert a.prompts == b.prompts
+    for name in ("image", "answer", "noise", "s", "weight", "kinds"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert not torch.equal(a.noise, c.noise)
+
+
+def test_semantic_answers_use_only_the_prompts_colours(rooms):
+    for step in range(12):
+        batch = source(rooms, "semantic").draw(step)
+        for text, picture, weight in zip(
+            batch.prompts, to_pictures(batch.answer), batch.weight[:, 0].numpy(), strict=True
+        ):
+            named = {parse_colour(w) for w in words(text)} - {None}
+            seen = {tuple(int(v) for v in c) for c in np.unique(picture[weight > 0], axis=0)}
+            assert seen <= named, text
+            assert weight.mean() > 0.3
+
+
+def test_the_palette_decides_the_colour_of_a_class(rooms):
+    """Over many draws the floor's colour takes values all over the cube."""
+    colours = []
+    for step in range(20):
+        batch = source(rooms, "semantic", batch=2).draw(step)
+        for text, picture in zip(batch.prompts, to_pictures(batch.answer), strict=True):
+            if "floor" in text:
+                colours.append(picture[-1, 24])
+    spread = np.std(np.array(colours), axis=0)
+    assert (spread > 50).all()
+
+
+def test_instances_are_distinct_and_away_from_the_background():
+    masks = np.zeros((3, 24, 32), bool)
+    masks[0, 2:8, 2:8], masks[1, 12:20, 4:12], masks[2, 5:15, 20:30] = True, True, True
+    rng = np.random.default_rng(0)
+    for background in ((0, 0, 0), (255, 255, 255)):
+        seen = []
+        for _ in range(50):
+            colours = instance_colours(masks, mean=rng.normal(size=3), background=background)
+            assert ((colours >= 0) & (colours <= 1)).all()
+            everything = np.concatenate([colours, np.array([background]) / 255])
+            gaps = np.linalg.norm(everything[:, None] - everything[None], axis=-1)
+            assert (gaps + 9 * np.eye(4)).min() * 255 > 28  # twice the decoder's tau
+            seen.append(colours[0])
+        assert (np.std(seen, axis=0)[:2] > 0.1).all(), "a seed does not change the colours"
+
+
+def test_an_absent_class_is_answered_with_nothing_but_background(rooms):
+    pairs = source(rooms, "instances")
+    empty = 0
+    for step in range(40):
+        batch = pairs.draw(step)
+        for text, picture, owner in zip(
+            batch.prompts, to_pictures(batch.answer), batch.owner.tolist(), strict=True
+        ):
+            del owner
+            flat = len(np.unique(picture.reshape(-1, 3), axis=0)) == 1
+            empty += flat
+            named = [parse_colour(w) for w in words(text)]
+            if flat:
+                assert tuple(int(v) for v in picture[0, 0]) in named
+    assert empty >= 5
+
+
+def test_a_mirrored_pair_is_the_truth_of_the_mirrored_image(rooms):
+    pairs = source(rooms, "normals")
+    rng = np.random.default_rng(0)
+    mean = np.zeros(3)
+    plain = pairs.pair(2, "normals", False, mean, rng)[1]
+    mirrored = pairs.pair(2, "normals", True, mean, rng)[1]
+    known = np.asarray(rooms.normals[2]).any(-1)
+    assert known.all()
+    assert np.abs(mirrored[:, ::-1] * [-1, 1, 1] - plain).max() < 1e-6
+    assert swap_sides("left of the right ball") == "right of the left ball"
+
+
+def test_generation_pairs_answer_with_the_image_and_see_none(rooms):
+    batch = source(rooms, "generate").draw(0)
+    assert not batch.has_image.any()
+    assert torch.equal(batch.answer, batch.image)
+    assert all("room" in text for text in batch.prompts)
+
+
+def test_a_named_colour_map_is_painted(rooms):
+    import matplotlib
+
+    batch = source(rooms, "depth", colour_map_share=1.0).draw(3)
+    assert all(any(n in t for n in ("plasma", "viridis", "grey")) for t in batch.prompts)
+    for text, picture in zip(batch.prompts, to_pictures(batch.answer), strict=True):
+        name = next(n for n in ("plasma", "viridis", "grey") if n in text)
+        lut = matplotlib.colormaps[{"grey": "gray"}.get(name, name)](np.linspace(0, 1, 256))
+        table = np.rint(lut[:, :3] * 255)
+        gap = np.abs(picture.reshape(-1, 1, 3)[::7] - table[None]).max(-1).min(1)
+        assert gap.max() <= 3, name
