@@ -22,7 +22,7 @@ def test_colours_by_tuple_hex_and_name():
     assert codec.colours == ((128, 192, 0), (102, 51, 153), (125, 0, 125))
     with pytest.raises(UsageError, match="did you mean lightblue"):
         parse_colour("lihgtblue")
-    with pytest.raises(UsageError, match="three whole numbers in 0..255"):
+    with pytest.raises(UsageError, match="three whole numbers"):
         parse_colour((0, 0, 256))
 
 
@@ -148,7 +148,7 @@ def test_one_object_behind_another_is_merged_and_far_twins_are_not():
     rgb = InstanceCodec().encode(scene(bar))  # one bar, hidden in its middle
     assert len(InstanceCodec().decode(rgb)[1]) == 1
     twins = [lambda x, y: ((x < 12) & (y < 12)) | ((x > 115) & (y > 115))]
-    found, table = InstanceCodec().decode(InstanceCodec().encode(scene(twins)))
+    _, table = InstanceCodec().decode(InstanceCodec().encode(scene(twins)))
     assert len(table) == 2  # their common box is far larger than both
 
 
