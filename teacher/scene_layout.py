@@ -15,7 +15,7 @@ import numpy as np
 
 from teacher.errors import UsageError
 from teacher.scene_materials import Material, Palette, scaled
-from teacher.scene_objects import BUILDERS, CLASS_ID, Part, _box, placed, radius_m
+from teacher.scene_objects import BUILDERS, CLASS_ID, Part, block, hung, placed, radius_m, sheet
 
 SPLIT_SEEDS = {
     "train": range(0, 1_000_000),
@@ -212,13 +212,13 @@ class _Layout:
 
     def hang(self, name: str) -> None:
         """A door, window or picture on a wall in view."""
-        parts, width, bottom = _hung(name, self.p)
+        parts, width, bottom = hung(name, self.p)
         if bottom + 0.9 > self.height:
             return
         spot = self._wall_spot(width, margin=0.0)
         if spot is not None:
-            (x, z), wall = spot
-            self.add(name, parts, at=(x, bottom, z), yaw_deg=90.0 * wall)
+            at = (spot[0][0], bottom, spot[0][1])
+            self.add(name, parts, at=at, yaw_deg=90.0 * spot[1])
 
     def furnish(self) -> None:
         """Fill the scene: shell first, then what hangs, then what stands, then what lies on it."""
@@ -244,17 +244,11 @@ class _Layout:
         x, y, z = self.scene.parts[-len(parts)].center
         name = str(self.p.rng.choice(["ball", "box", "plant"]))
         small = BUILDERS[name](self.p)
-        scale = 0.45 if name != "ball" else 0.22 / small[0].size[0]
-        shrunk = [
-            dataclasses.replace(
-                q,
-                center=scaled(q.center, scale),
-                size=scaled(q.size, scale),
-            )
-            for q in small
-        ]
+        by = 0.45 if name != "ball" else 0.22 / small[0].size[0]
+        small = [dataclasses.replace(q, center=scaled(q.center, by), size=scaled(q.size, by))
+                 for q in small]  # fmt: skip
         height = y + parts[0].size[1] / 2
-        self.add(name, shrunk, at=(x, height, z), yaw_deg=self.p.between(0, 360))
+        self.add(name, small, at=(x, height, z), yaw_deg=self.p.between(0, 360))
 
     def _room(self) -> None:
         p, (w, d), h = self.p, self.half, self.height
@@ -264,9 +258,9 @@ class _Layout:
         paint = Material(color=p.hsv((0, 1), (0.02, 0.45), (0.6, 0.95)))
         if p.other:
             paint = Material(color=p.hsv((0, 1), (0.3, 0.7), (0.4, 0.9)))
-        self.add("floor", [_sheet(0, w, d, floor)], at=(0, 0, 0), yaw_deg=0)
+        self.add("floor", [sheet(0, w, d, floor)], at=(0, 0, 0), yaw_deg=0)
         pale = Material(color=p.hsv((0, 1), (0, 0.12), (0.75, 0.97)))
-        self.add("ceiling", [_sheet(h, w, d, pale)], at=(0, 0, 0), yaw_deg=0)
+        self.add("ceiling", [sheet(h, w, d, pale)], at=(0, 0, 0), yaw_deg=0)
         for k in range(4):
             wide, away = (w, d) if k % 2 == 0 else (d, w)
             skin = paint
@@ -284,7 +278,7 @@ class _Layout:
                 self.hang(name)
         if p.chance(0.5):  # a free-standing partition or a pillar, at any angle
             long, tall = p.between(0.3, 1.6), h if p.chance(0.6) else p.between(1.0, 1.6)
-            parts = [_box(0, tall / 2, 0, long, tall, p.between(0.12, 0.35), paint)]
+            parts = [block(0, tall / 2, 0, long, tall, p.between(0.12, 0.35), paint)]
             self.stand("wall", parts, nearest=1.5, farthest=8.0)
 
     def _ceiling_light(self) -> None:
@@ -308,7 +302,7 @@ class _Layout:
         skin = Material(
             color=color, second=second, pattern=p.pattern(), period_m=p.between(0.8, 2.5)
         )
-        self.add("ground", [_sheet(0, 150, 150, skin)], at=(0, 0, 0), yaw_deg=0)
+        self.add("ground", [sheet(0, 150, 150, skin)], at=(0, 0, 0), yaw_deg=0)
         blue = p.hsv((0.5, 0.68), (0.2, 0.7), (0.6, 0.95))
         if p.other:
             blue = p.hsv((0.8, 1.12), (0.2, 0.5), (0.6, 0.95))
@@ -326,7 +320,7 @@ class _Layout:
         for _ in range(int(p.rng.integers(0, 3))):
             tall, long = p.between(1.0, 2.4), p.between(1.5, 5.0)
             brick = dataclasses.replace(p.wood(), pattern=p.pattern(), period_m=0.7)
-            parts = [_box(0, tall / 2, 0, long, tall, 0.25, brick)]
+            parts = [block(0, tall / 2, 0, long, tall, 0.25, brick)]
             self.stand("wall", parts, nearest=1.8, farthest=14.0)
 
     def _house(self) -> None:
@@ -338,7 +332,10 @@ class _Layout:
                         pattern=p.pattern(), period_m=0.8)  # fmt: skip
         h = 2.8 * storeys + 0.3
         roof = Material(color=p.hsv((0, 0.08), (0.3, 0.7), (0.25, 0.6)))
-        parts = [_box(0, h / 2, 0, w, h, d, skin), _box(0, h, 0, w + 0.5, 0.3, d + 0.5, roof)]
+        parts = [
+            block(0, h / 2, 0, w, h, d, skin),
+            block(0, h, 0, w + 0.5, 0.3, d + 0.5, roof),
+        ]
         if not self.stand("building", parts, nearest=2.0, farthest=26.0):
             return
         base, x0, z0 = self.scene.parts[-2], *self.scene.parts[-2].center[::2]
@@ -353,41 +350,5 @@ class _Layout:
                 x, z = x0 + nx * away / 2 + nz * along, z0 + nz * away / 2 - nx * along
                 for storey in range(storeys):
                     name = "door" if storey == 0 and column == slots // 2 else "window"
-                    hung, _, bottom = _hung(name, p, glow=0.0)
-                    self.add(name, hung, at=(x, 2.8 * storey + bottom, z), yaw_deg=yaw)
-
-
-def _sheet(y: float, half_width: float, half_depth: float, material: Material) -> Part:
-    size = (2 * half_width, 0.0, 2 * half_depth)
-    return Part(shape="sheet", center=(0, y, 0), size=size, material=material)
-
-
-def _hung(name: str, p: Palette, *, glow: float = 2.5) -> tuple[list[Part], float, float]:
-    """A thing for a wall, its back on z = 0, its base on y = 0; its width; its base's height [m].
-
-    Doors are 1.98-2.05 m by 0.8-0.95 m, sills at 0.85-1.0 m, pictures hang at eye level.
-    """
-    if name == "door":
-        w, h, leaf = p.between(0.8, 0.95), p.between(1.98, 2.05), p.wood()
-        leaf = p.paint() if p.chance(0.5) else leaf
-        frame = Material(color=(0.92, 0.92, 0.9))
-        parts = [_box(0, h / 2, 0.02, w, h, 0.04, leaf), _box(0, h, 0.03, w + 0.14, 0.07, 0.06,
-                 frame), _box(w * 0.4, 1.03, 0.07, 0.12, 0.03, 0.06, p.metal())]  # fmt: skip
-        parts += [_box(i * (w / 2 + 0.035), h / 2, 0.03, 0.07, h, 0.06, frame) for i in (-1, 1)]
-        return parts, w + 0.14, 0.0
-    if name == "window":
-        w, h = p.between(0.8, 1.5), p.between(1.0, 1.3)
-        sky = p.hsv((0.5, 0.62), (0.05, 0.35), (0.85, 1.0))
-        pane = Material(color=sky, glow=glow) if glow else Material(color=(0.15, 0.2, 0.26))
-        frame = Material(color=(0.93, 0.93, 0.93) if p.chance(0.7) else (0.25, 0.15, 0.1))
-        parts = [
-            _box(0, h / 2, 0.02, w + 0.1, h + 0.1, 0.04, frame),
-            Part(shape="panel", center=(0, h / 2, 0.045), size=(w, h, 0.0), material=pane),
-            _box(0, h / 2, 0.035, 0.07, h, 0.06, frame),
-        ]
-        return parts, w + 0.1, p.between(0.85, 1.0)
-    w, h, inner = p.between(0.4, 1.0), p.between(0.4, 0.8), p.fabric()
-    inner = dataclasses.replace(inner, pattern=p.pattern(), period_m=0.5)
-    parts = [_box(0, h / 2, 0.015, w, h, 0.03, p.metal()),
-             _box(0, h / 2, 0.03, w - 0.08, h - 0.08, 0.01, inner)]  # fmt: skip
-    return parts, w, p.between(1.2, 1.4)
+                    fitting, _, bottom = hung(name, p, glow=0.0)
+                    self.add(name, fitting, at=(x, 2.8 * storey + bottom, z), yaw_deg=yaw)

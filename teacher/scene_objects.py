@@ -72,7 +72,8 @@ def _legs(width: float, depth: float, height: float, thick: float, material: Mat
     ]  # fmt: skip
 
 
-def _box(x, y, z, w, h, d, material) -> Part:
+def block(x: float, y: float, z: float, w: float, h: float, d: float, material: Material) -> Part:
+    """A box around (x, y, z), w by h by d."""
     return Part(shape="box", center=(x, y, z), size=(w, h, d), material=material)
 
 
@@ -98,7 +99,7 @@ def table(p: Palette) -> list[Part]:
                 _column(0, 0.015, 0, 0.5, 0.03, p.metal())]  # fmt: skip
     width, depth = p.between(1.0, 1.7), p.between(0.65, 0.95)
     legs = _legs(width, depth, height - top, 0.06, p.metal() if p.chance(0.5) else wood)
-    return [_box(0, height - top / 2, 0, width, top, depth, wood), *legs]
+    return [block(0, height - top / 2, 0, width, top, depth, wood), *legs]
 
 
 def chair(p: Palette) -> list[Part]:
@@ -108,8 +109,8 @@ def chair(p: Palette) -> list[Part]:
     if p.other:
         return [_column(0, seat - 0.02, 0, width, 0.05, cloth), *legs]
     back = p.between(0.8, 0.95)
-    return [_box(0, seat - 0.02, 0, width, 0.05, width, cloth),
-            _box(0, (back + seat) / 2 + 0.05, 0.02 - width / 2, width, back - seat - 0.1, 0.04,
+    return [block(0, seat - 0.02, 0, width, 0.05, width, cloth),
+            block(0, (back + seat) / 2 + 0.05, 0.02 - width / 2, width, back - seat - 0.1, 0.04,
                  cloth), *legs]  # fmt: skip
 
 
@@ -117,9 +118,9 @@ def sofa(p: Palette) -> list[Part]:
     """1.5-2.1 m wide (an armchair of 0.9 m when shifted), seat at 0.42 m, back at 0.8 m."""
     width = p.between(0.85, 1.0) if p.other else p.between(1.5, 2.1)
     cloth, depth, arm = p.fabric(), p.between(0.8, 0.92), 0.18
-    return [_box(0, 0.24, 0, width - 2 * arm, 0.36, depth, cloth),
-            _box(0, 0.45, 0.1 - depth / 2, width, 0.74, 0.22, cloth),
-            *(_box(i * (width - arm) / 2, 0.33, 0.02, arm, 0.54, depth - 0.04, cloth)
+    return [block(0, 0.24, 0, width - 2 * arm, 0.36, depth, cloth),
+            block(0, 0.45, 0.1 - depth / 2, width, 0.74, 0.22, cloth),
+            *(block(i * (width - arm) / 2, 0.33, 0.02, arm, 0.54, depth - 0.04, cloth)
               for i in (-1, 1))]  # fmt: skip
 
 
@@ -127,19 +128,19 @@ def shelf(p: Palette) -> list[Part]:
     """1.75-2.0 m high with books of 0.18-0.28 m; low (0.9-1.1 m) when shifted."""
     height = p.between(0.9, 1.1) if p.other else p.between(1.75, 2.0)
     width, depth, wood = p.between(0.75, 1.0), p.between(0.28, 0.36), p.wood()
-    parts = [_box(i * (width / 2 - 0.015), height / 2, 0, 0.03, height, depth, wood)
+    parts = [block(i * (width / 2 - 0.015), height / 2, 0, 0.03, height, depth, wood)
              for i in (-1, 1)]  # fmt: skip
-    parts.append(_box(0, height / 2, 0.01 - depth / 2, width, height, 0.02, wood))
+    parts.append(block(0, height / 2, 0.01 - depth / 2, width, height, 0.02, wood))
     levels = 2 if p.other else 5
     for level in range(levels + 1):
         y = 0.05 + level * (height - 0.07) / levels
-        parts.append(_box(0, y, 0, width - 0.06, 0.025, depth, wood))
+        parts.append(block(0, y, 0, width - 0.06, 0.025, depth, wood))
         x = -width / 2 + 0.04
         while level < levels and x < width / 2 - 0.3:
             run, tall = p.between(0.1, 0.26), p.between(0.18, 0.28)
             if p.chance(0.75):
                 book = dataclasses.replace(p.paint(), gloss=0.0)
-                parts.append(_box(x + run / 2, y + tall / 2, 0.02, run, tall, depth * 0.7, book))
+                parts.append(block(x + run / 2, y + tall / 2, 0.02, run, tall, depth * 0.7, book))
             x += run + 0.02
     return parts
 
@@ -176,10 +177,13 @@ def box(p: Palette) -> list[Part]:
         card = p.paint()
     w, h, d = p.between(0.35, 0.6), p.between(0.3, 0.5), p.between(0.35, 0.5)
     tape = Material(color=(0.9, 0.85, 0.7))
-    parts = [_box(0, h / 2, 0, w, h, d, card), _box(0, h / 2, 0, 0.05, h + 0.004, d + 0.004, tape)]
+    parts = [
+        block(0, h / 2, 0, w, h, d, card),
+        block(0, h / 2, 0, 0.05, h + 0.004, d + 0.004, tape),
+    ]
     if p.chance(0.35):
         s = p.between(0.6, 0.85)
-        upper = _box(0.02, h + s * h / 2, 0, s * w, s * h, s * d, card)
+        upper = block(0.02, h + s * h / 2, 0, s * w, s * h, s * d, card)
         parts.append(dataclasses.replace(upper, yaw_deg=p.between(-25, 25)))
     return parts
 
@@ -194,8 +198,8 @@ def bin_(p: Palette) -> list[Part]:
     height, black = p.between(1.0, 1.1), Material(color=(0.1, 0.1, 0.1))
     wheels = [Part(shape="roller", center=(i * 0.25, 0.1, -0.28), size=(0.05, 0.2, 0.2),
                    material=black) for i in (-1, 1)]  # fmt: skip
-    return [_box(0, height / 2 + 0.02, 0, 0.56, height - 0.1, 0.62, paint),
-            _box(0, height - 0.02, 0.02, 0.6, 0.06, 0.7, p.metal()), *wheels]  # fmt: skip
+    return [block(0, height / 2 + 0.02, 0, 0.56, height - 0.1, 0.62, paint),
+            block(0, height - 0.02, 0.02, 0.6, 0.06, 0.7, p.metal()), *wheels]  # fmt: skip
 
 
 def person(p: Palette) -> list[Part]:
@@ -208,13 +212,13 @@ def person(p: Palette) -> list[Part]:
              _ball(0, 0.945 * k, -0.012 * k, 0.11 * k, hair),
              _column(0, 0.855 * k, 0, 0.06 * k, 0.08 * k, skin),
              _column(0, 0.65 * k, 0, 0.19 * k, 0.33 * k, shirt),
-             _box(0, 0.79 * k, 0, 0.25 * k, 0.05 * k, 0.12 * k, shirt)]  # fmt: skip
+             block(0, 0.79 * k, 0, 0.25 * k, 0.05 * k, 0.12 * k, shirt)]  # fmt: skip
     step = p.between(-0.05, 0.05) * k
     for i in (-1, 1):
         parts += [_column(i * 0.05 * k, 0.26 * k, i * step, 0.085 * k, 0.48 * k, trousers),
                   _column(i * 0.125 * k, 0.65 * k, -i * step, 0.055 * k, 0.28 * k, shirt),
                   _ball(i * 0.125 * k, 0.49 * k, -i * step, 0.06 * k, skin),
-                  _box(i * 0.05 * k, 0.02 * k, 0.02 * k + i * step, 0.055 * k, 0.04 * k, 0.15 * k,
+                  block(i * 0.05 * k, 0.02 * k, 0.02 * k + i * step, 0.055 * k, 0.04 * k, 0.15 * k,
                        shoe)]  # fmt: skip
     return parts
 
@@ -225,17 +229,17 @@ def car(p: Palette) -> list[Part]:
     glass = Material(color=(0.08, 0.1, 0.13), gloss=0.9)
     black, light = Material(color=(0.06, 0.06, 0.06)), Material(color=(0.95, 0.9, 0.75))
     if p.other:
-        body = [_box(0, 1.15, -0.2, 1.85, 1.6, long - 0.4, paint),
-                _box(0, 0.75, long / 2 - 0.3, 1.85, 0.8, 0.6, paint),
-                _box(0, 1.5, long / 2 - 0.39, 1.6, 0.6, 0.04, glass)]  # fmt: skip
+        body = [block(0, 1.15, -0.2, 1.85, 1.6, long - 0.4, paint),
+                block(0, 0.75, long / 2 - 0.3, 1.85, 0.8, 0.6, paint),
+                block(0, 1.5, long / 2 - 0.39, 1.6, 0.6, 0.04, glass)]  # fmt: skip
     else:
         cabin = p.between(0.5, 0.58) * long
-        body = [_box(0, 0.6, 0, 1.75, 0.62, long, paint),
-                _box(0, (0.9 + high) / 2, -0.06 * long, 1.5, high - 0.9, cabin, glass),
-                _box(0, high, -0.06 * long, 1.52, 0.05, cabin - 0.25, paint)]  # fmt: skip
-    lamps = [_box(i * 0.65, 0.68, long / 2 + 0.01, 0.28, 0.14, 0.03, light) for i in (-1, 1)]
+        body = [block(0, 0.6, 0, 1.75, 0.62, long, paint),
+                block(0, (0.9 + high) / 2, -0.06 * long, 1.5, high - 0.9, cabin, glass),
+                block(0, high, -0.06 * long, 1.52, 0.05, cabin - 0.25, paint)]  # fmt: skip
+    lamps = [block(i * 0.65, 0.68, long / 2 + 0.01, 0.28, 0.14, 0.03, light) for i in (-1, 1)]
     rear = Material(color=(0.75, 0.05, 0.05))
-    lamps += [_box(i * 0.68, 0.72, -long / 2 - 0.01, 0.2, 0.14, 0.03, rear) for i in (-1, 1)]
+    lamps += [block(i * 0.68, 0.72, -long / 2 - 0.01, 0.2, 0.14, 0.03, rear) for i in (-1, 1)]
     wheels = [Part(shape="roller", center=(i * 0.8, 0.32, j * 0.31 * long), size=(0.22, 0.64, 0.64),
                    material=black) for i in (-1, 1) for j in (-1, 1)]  # fmt: skip
     return body + lamps + wheels
@@ -269,11 +273,48 @@ def fence(p: Palette) -> list[Part]:
     """0.9-1.15 m high, posts every 1.2 m, two rails; closed boards when shifted."""
     height, spans, wood = p.between(0.9, 1.15), int(p.rng.integers(2, 5)), p.wood()
     long = 1.2 * spans
-    parts = [_box(-long / 2 + 1.2 * i, height / 2, 0, 0.1, height, 0.1, wood)
+    parts = [block(-long / 2 + 1.2 * i, height / 2, 0, 0.1, height, 0.1, wood)
              for i in range(spans + 1)]  # fmt: skip
     if p.other:
-        return [*parts, _box(0, height / 2 + 0.03, 0, long, height - 0.1, 0.03, wood)]
-    return parts + [_box(0, height * f, 0.03, long, 0.12, 0.03, wood) for f in (0.3, 0.6, 0.9)]
+        return [*parts, block(0, height / 2 + 0.03, 0, long, height - 0.1, 0.03, wood)]
+    return parts + [block(0, height * f, 0.03, long, 0.12, 0.03, wood) for f in (0.3, 0.6, 0.9)]
+
+
+def sheet(y: float, half_width: float, half_depth: float, material: Material) -> Part:
+    """A level rectangle at height y."""
+    size = (2 * half_width, 0.0, 2 * half_depth)
+    return Part(shape="sheet", center=(0, y, 0), size=size, material=material)
+
+
+def hung(name: str, p: Palette, *, glow: float = 2.5) -> tuple[list[Part], float, float]:
+    """A thing for a wall, its back on z = 0, its base on y = 0; its width; its base's height [m].
+
+    Doors are 1.98-2.05 m by 0.8-0.95 m, sills at 0.85-1.0 m, pictures hang at eye level.
+    """
+    if name == "door":
+        w, h, leaf = p.between(0.8, 0.95), p.between(1.98, 2.05), p.wood()
+        leaf = p.paint() if p.chance(0.5) else leaf
+        frame = Material(color=(0.92, 0.92, 0.9))
+        parts = [block(0, h / 2, 0.02, w, h, 0.04, leaf), block(0, h, 0.03, w + 0.14, 0.07, 0.06,
+                 frame), block(w * 0.4, 1.03, 0.07, 0.12, 0.03, 0.06, p.metal())]  # fmt: skip
+        parts += [block(i * (w / 2 + 0.035), h / 2, 0.03, 0.07, h, 0.06, frame) for i in (-1, 1)]
+        return parts, w + 0.14, 0.0
+    if name == "window":
+        w, h = p.between(0.8, 1.5), p.between(1.0, 1.3)
+        sky = p.hsv((0.5, 0.62), (0.05, 0.35), (0.85, 1.0))
+        pane = Material(color=sky, glow=glow) if glow else Material(color=(0.15, 0.2, 0.26))
+        frame = Material(color=(0.93, 0.93, 0.93) if p.chance(0.7) else (0.25, 0.15, 0.1))
+        parts = [
+            block(0, h / 2, 0.02, w + 0.1, h + 0.1, 0.04, frame),
+            Part(shape="panel", center=(0, h / 2, 0.045), size=(w, h, 0.0), material=pane),
+            block(0, h / 2, 0.035, 0.07, h, 0.06, frame),
+        ]
+        return parts, w + 0.1, p.between(0.85, 1.0)
+    w, h, inner = p.between(0.4, 1.0), p.between(0.4, 0.8), p.fabric()
+    inner = dataclasses.replace(inner, pattern=p.pattern(), period_m=0.5)
+    parts = [block(0, h / 2, 0.015, w, h, 0.03, p.metal()),
+             block(0, h / 2, 0.03, w - 0.08, h - 0.08, 0.01, inner)]  # fmt: skip
+    return parts, w, p.between(1.2, 1.4)
 
 
 BUILDERS: dict[str, Callable[[Palette], list[Part]]] = {
