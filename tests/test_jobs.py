@@ -408,3 +408,22 @@ def test_a_lease_is_free_when_dropped_expired_or_orphaned(tmp_path, monkeypatch)
     assert other.take()
     other.path.write_text("another-machine 1 alive")
     assert not mine.take()
+
+
+def test_what_a_large_job_costs_is_said_before_it_starts(tmp_path, capsys, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(52):
+        Image.fromarray(np.full((16, 16, 3), 50 + i, np.uint8)).save(photos / f"{i:02d}.png")
+    result = run(photos, tmp_path / "set", batch_size=1, shard_size=26)
+    said = capsys.readouterr()
+    assert "52 images in 2 shards to label" in said.out + said.err
+    assert "teacher hours" in said.out + said.err
+    assert "a million images would cost" in result["summary"]
+    size = sum(p.stat().st_size for p in (tmp_path / "set").glob("*.tar"))
+    assert result["gb_per_million"] == pytest.approx(size / 52 * 1e6 / 1e9, abs=0.01)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("teacher.jobs.run.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(EnvironmentFailure, match="the labels will need about"):
+        run(photos, tmp_path / "full", batch_size=1)
+    assert not list((tmp_path / "full").glob("*shard*"))

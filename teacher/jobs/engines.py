@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -258,6 +259,26 @@ class Worker:
                 time.sleep(0.3 if left else 0)
         self.tally.wall_s = time.monotonic() - self.started
         return self.tally
+
+    def probe(self, number: int) -> tuple[float, float]:
+        """Seconds inside the teacher and bytes per image, from one batch whose answers are dropped.
+
+        The batch is asked twice; the first time warms up kernels and caches.
+        """
+        items = [self._prepare(entry) for entry in next(self.plan.batches(number))]
+        asked = [item for item in items if item.query is not None]
+        queries = [item.query for item in asked if item.query is not None]
+        if not queries:
+            return 0.0, 0.0
+        answer_split(self.teacher, queries, self.tasks)
+        before = time.monotonic()
+        answers = answer_split(self.teacher, queries, self.tasks)
+        teacher_s = time.monotonic() - before
+        size = 0
+        for item, answer in zip(asked, answers, strict=True):
+            with contextlib.suppress(LabelError):
+                size += sum(len(data) + 1024 for _, data in self._finish(item, answer)[1])
+        return teacher_s / len(items), size / len(items)
 
     def _pass(self, numbers: Sequence[int], bar: tqdm) -> None:
         """Once over the shards; those leased by others are left alone."""

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from teacher.errors import UsageError
-from teacher.generators import load_teacher
+from tqdm import tqdm
+
+from teacher.errors import EnvironmentFailure, UsageError
+from teacher.generators import Teacher, load_teacher
 from teacher.jobs.commit import replace_atomically
-from teacher.jobs.plan import make_plan
+from teacher.jobs.engines import Tally, Worker
+from teacher.jobs.plan import Plan, make_plan
 from teacher.jobs.processes import Recipe, run_processes
 from teacher.jobs.sources import open_source
 from teacher.label import Task
-from teacher.store import open_folder, sealed_shards, write_index
+from teacher.store import open_folder, seal_path, sealed_shards, write_index
 
-
-def parse_tasks(tasks: Sequence[str], offered: Sequence[Task]) -> list[Task]:
-    """Task names -> tasks in the fixed order, checked against what the teacher can answer."""
-    known = [str(t) for t in offered]
-    strange = [t for t in tasks if t not in known]
-    if strange or not tasks:
-        raise UsageError(
-            f"tasks={list(tasks)}: this teacher answers {known}; ask for some of them."
-        )
-    return [t for t in Task if t in tasks]
+PROBE_FROM_BATCHES = 50  # smaller jobs start at once: the probe would be a visible part of them
 
 
 def label(
@@ -47,7 +43,7 @@ def label(
 
     Args:
         teacher: ``name`` and that teacher's own keys (`teacher.generators.load_teacher`).
-        images: folder, glob, text list, image, or label set (`teacher.jobs.sources`).
+        images: what to label (`teacher.jobs.sources.open_source`).
         out: folder of the label set; new, empty, or of the very same job.
         tasks: what to ask for.
         max_side: longer side of the stored image in pixels; larger images are scaled down before
@@ -65,30 +61,16 @@ def label(
     for name, value in sizes.items():
         if value < 1:
             raise UsageError(f"{name}={value}: expected at least 1.")
-    index, count = (shard or {}).get("index", 0), (shard or {}).get("count", 1)
-    if not 0 <= index < count:
-        raise UsageError(
-            f"shard.index={index} shard.count={count}: expected 0 <= index < count, one index for "
-            "each task of the array."
-        )
+    index, count = array_task(shard or {})
     source = open_source(images, video=video)
     oracle = load_teacher(**teacher)
     wanted = parse_tasks(tasks, oracle.tasks)
     own_side = getattr(oracle, "max_side", None)
     side = min((s for s in (max_side, own_side) if s is not None), default=None)
-    about = oracle.describe()
-    facts = {"teacher": about, "tasks": [str(t) for t in wanted], "max_side": side}
+    facts = {"teacher": oracle.describe(), "tasks": [str(t) for t in wanted], "max_side": side}
     facts["keep_pictures"] = keep_pictures
     plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=facts)
-    dataset = facts | {
-        "plan_hash": plan.hash(),
-        "inputs": len(plan.entries),
-        "shards": plan.shards,
-        "shard_size": shard_size,
-        "batch_size": batch_size,
-        "classes": {str(k): v for k, v in about.get("classes", {}).items()},
-    }
-    folder = open_folder(out, dataset)
+    folder = open_folder(out, dataset_of(plan, oracle))
     done = sealed_shards(folder)
     todo = [n for n in range(index, plan.shards, count) if n not in done]
     recipe = Recipe(
@@ -102,33 +84,113 @@ def label(
         keep_pictures=keep_pictures,
         threads=threads,
     )
+    worker = recipe.build(teacher=oracle, source=source)
+    announce(worker, todo, workers=workers)
     if workers > 1:
         tally = run_processes(recipe, todo, workers=workers)
     else:
         # an array task leaves shards that others have leased to them
-        tally = recipe.build(teacher=oracle, source=source).run(todo, wait=count == 1)
+        tally = worker.run(todo, wait=count == 1)
     complete = len(sealed_shards(folder)) == plan.shards
     if complete:
         write_index(folder)
-    rate = (tally.labelled + tally.rejected) / max(tally.wall_s, 1e-9)
-    facts_of_run = {
+    result = report(folder, tally, todo, done_before=len(done), shards=plan.shards)
+    return result | {"exit": 1 if todo and not tally.labelled and complete else 0}
+
+
+def array_task(shard: dict[str, int]) -> tuple[int, int]:
+    """(index, count) of this task of an array job; (0, 1) for a job that is none."""
+    index, count = shard.get("index", 0), shard.get("count", 1)
+    if not 0 <= index < count:
+        raise UsageError(
+            f"shard.index={index} shard.count={count}: expected 0 <= index < count, one index for "
+            "each task of the array."
+        )
+    return index, count
+
+
+def parse_tasks(tasks: Sequence[str], offered: Sequence[Task]) -> list[Task]:
+    """Task names -> tasks in the fixed order, checked against what the teacher can answer."""
+    known = [str(t) for t in offered]
+    strange = [t for t in tasks if t not in known]
+    if strange or not tasks:
+        raise UsageError(f"tasks={list(tasks)}: this teacher answers {known}; ask for those.")
+    return [t for t in Task if t in tasks]
+
+
+def dataset_of(plan: Plan, teacher: Teacher) -> dict[str, Any]:
+    """The content of ``dataset.json``."""
+    classes = teacher.describe().get("classes", {})
+    return plan.facts | {
+        "plan_hash": plan.hash(),
+        "inputs": len(plan.entries),
+        "shards": plan.shards,
+        "shard_size": plan.shard_size,
+        "batch_size": plan.batch_size,
+        "classes": {str(k): v for k, v in classes.items()},
+    }
+
+
+def announce(worker: Worker, todo: Sequence[int], *, workers: int) -> None:
+    """Say what the job will cost before it starts; refuse one that cannot fit on the disk."""
+    images = sum(1 for n in todo for e in worker.plan.shard(n) if not e.duplicate_of)
+    tqdm.write(f"{images} images in {len(todo)} shards to label")
+    if images < PROBE_FROM_BATCHES * worker.plan.batch_size:
+        return
+    seconds, size = (per_image * images for per_image in worker.probe(todo[0]))
+    free = shutil.disk_usage(worker.folder).free
+    tqdm.write(
+        f"about {duration(seconds / workers)} with {workers} worker(s), {seconds / 3600:.2f} "
+        f"teacher hours, {size / 1e9:.2f} GB of {free / 1e9:.1f} GB free"
+    )
+    if size > free:
+        raise EnvironmentFailure(
+            f"{worker.folder}: the labels will need about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+            "are free. Free some space, choose another out=, or lower max_side."
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def report(
+    folder: Path, tally: Tally, todo: Sequence[int], *, done_before: int, shards: int
+) -> dict[str, Any]:
+    """Facts of the run, written to ``run.json``, and the one-line summary with the cost."""
+    images, wall_s = tally.labelled + tally.rejected, max(tally.wall_s, 1e-9)
+    missing = shards - len(sealed_shards(folder))
+    facts: dict[str, Any] = {
+        "out": str(folder),
         "labelled": tally.labelled,
         "rejected": tally.rejected,
         "duplicates": tally.duplicates,
-        "shards_done_before": len(done),
+        "shards_done_before": done_before,
+        "complete": not missing,
         "wall_s": round(tally.wall_s, 3),
-        "images_per_s": round(rate, 3),
-        "teacher_share": round(tally.teacher_s / max(tally.wall_s, 1e-9), 4),
+        "images_per_s": round(images / wall_s, 3),
+        "teacher_share": round(tally.teacher_s / wall_s, 4),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    replace_atomically(folder / "run.json", json.dumps(facts_of_run, indent=1).encode() + b"\n")
-    facts_of_run["complete"] = complete
-    missing = "" if complete else ", other shards still missing"
-    before = f", {len(done)} of {plan.shards} shards were already done" if done else ""
     summary = (
-        f"{out}: {tally.labelled} labelled, {tally.rejected} rejected, {tally.duplicates} "
-        f"duplicates{before}{missing}; {tally.wall_s:.1f} s, {rate:.1f} images/s, "
-        f"{facts_of_run['teacher_share']:.0%} of it inside the teacher"
+        f"{folder}: {tally.labelled} labelled, {tally.rejected} rejected, "
+        f"{tally.duplicates} duplicates"
+        + (f", {done_before} of {shards} shards were already done" if done_before else "")
+        + (f", {missing} shards still missing" if missing else "")
+        + f"; {tally.wall_s:.1f} s, {images / wall_s:.1f} images/s, "
+        f"{facts['teacher_share']:.0%} of it inside the teacher"
     )
-    empty = not todo or tally.labelled > 0
-    return facts_of_run | {"summary": summary, "exit": 0 if empty else 1, "out": out}
+    if images:
+        sealed = [seal_path(folder, n) for n in todo if seal_path(folder, n).exists()]
+        written = sum(path.with_suffix(".tar").stat().st_size for path in sealed)
+        facts["teacher_hours_per_million"] = round(tally.teacher_s / images * 1e6 / 3600, 2)
+        facts["gb_per_million"] = round(written / images * 1e6 / 1e9, 2)
+        summary += (
+            f"; a million images would cost {facts['teacher_hours_per_million']} teacher hours and "
+            f"{facts['gb_per_million']} GB"
+        )
+    replace_atomically(folder / "run.json", json.dumps(facts, indent=1).encode() + b"\n")
+    return facts | {"summary": summary}
