@@ -139,7 +139,7 @@ def silhouettes(ratio: float, kind: str, seed: int) -> tuple[np.ndarray, np.ndar
     elif kind == "blur":
         share = gaussian_filter(share, 1.0)
         share = np.where(share < 0.02, 0, np.where(share > 0.98, 1, share))
-    return near * tilts[0], near * ratio * tilts[1], share
+    return planes[0], planes[1], share
 
 
 def edge_table() -> list[dict[str, object]]:
