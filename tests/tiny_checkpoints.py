@@ -153,3 +153,22 @@ def write_marigold(folder: Path, *, kind: str, scheduler=None, seed: int = 0, **
         seed=seed,
         facing=kind == "normals",
     )
+
+
+def write_lotus(folder: Path, *, generative: bool, facing: bool = False, seed: int = 0) -> Path:
+    """A Lotus checkpoint: x0 U-Net with a projected task switch; 8 (G) or 4 (D) channels in."""
+    unet = {
+        "in_channels": 8 if generative else 4,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 4,
+    }
+    index = {"_class_name": "LotusGPipeline" if generative else "LotusDPipeline"}
+    nothing = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    return write_stable(
+        folder,
+        index=index | nothing,
+        scheduler=ddim(prediction_type="sample", rescale_betas_zero_snr=False),
+        seed=seed,
+        unet=unet,
+        facing=facing,
+    )

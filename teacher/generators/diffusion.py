@@ -19,8 +19,17 @@ from teacher.consensus import merge_depth, merge_normals
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.generators.hub import Checkpoint
-from teacher.generators.runtime import Execution, chunks, longest_side, padded, to_signed
-from teacher.label import Task
+from teacher.generators.runtime import (
+    Execution,
+    chunks,
+    depth_answer,
+    longest_side,
+    normals_answer,
+    padded,
+    resized,
+    to_signed,
+)
+from teacher.label import Answer, Space, Task
 
 LN2 = 0.6931471805599453  # the median of |x| / b of a Laplace variable with scale b
 COMBINE = ("consensus", "original")
@@ -221,3 +230,32 @@ def combine_normals(members: Tensor, *, how: str) -> tuple[Tensor, Tensor | None
         return value[0], spread[0, 0] * 180.0
     value, spread = merge_normals(good.permute(0, 2, 3, 1).cpu().numpy())
     return torch.from_numpy(value).permute(2, 0, 1), torch.from_numpy(spread)
+
+
+def combined_answer(
+    members: Tensor,
+    *,
+    size: tuple[int, int],
+    how: str,
+    resample: str,
+    space: Space,
+    negate_x: bool = False,
+    **facts: Any,
+) -> Answer:
+    """Depth members [E, h, w] or normals [E, 3, h, w] -> one answer of the image's size.
+
+    ``negate_x`` turns the normals of models whose x points left into our axes.
+    """
+
+    def back(values: Tensor) -> np.ndarray:  # [C, h, w] -> [H, W, C]
+        return resized(values[None], size, resample)[0].permute(1, 2, 0).cpu().numpy()
+
+    facts["asked_px"] = list(members.shape[-2:])
+    if space is not Space.UNIT_NORMALS:
+        value, spread = combine_depth(members, how=how)
+        around = None if spread is None else back(spread[None])[..., 0]
+        return depth_answer(back(value[None])[..., 0], space=space, spread=around, **facts)
+    value, spread = combine_normals(members, how=how)
+    around = None if spread is None else back(spread[None])[..., 0]
+    normals = back(value) * ([-1, 1, 1] if negate_x else [1, 1, 1])
+    return normals_answer(normals, spread_deg=around, **facts)

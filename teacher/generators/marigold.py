@@ -19,19 +19,11 @@ from teacher.generators.diffusion import (
     LatentModel,
     check_choice,
     check_seeds,
-    combine_depth,
-    combine_normals,
+    combined_answer,
     empty_prompt,
 )
 from teacher.generators.hub import Checkpoint, open_checkpoint
-from teacher.generators.runtime import (
-    Execution,
-    by_size,
-    check_resample,
-    depth_answer,
-    normals_answer,
-    resized,
-)
+from teacher.generators.runtime import Execution, by_size, check_resample
 from teacher.label import Answer, Space, Task
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -147,26 +139,16 @@ class MarigoldTeacher:
 
     def _finish(self, task: Task, members: Tensor, size: tuple[int, int]) -> Answer:
         """Members [E, C, h, w] -> one answer of the image's size."""
-        facts = {"seeds": self.seeds, "asked_px": list(members.shape[-2:])}
         model = self.models[task]
-        if task is Task.DEPTH:
-            value, spread = combine_depth(members[:, 0], how=self.combine)
-            return depth_answer(
-                self._back(value[None], size)[..., 0],
-                space=model.space,
-                spread=None if spread is None else self._back(spread[None], size)[..., 0],
-                **facts,
-            )
-        value, spread = combine_normals(members, how=self.combine)
-        normals = self._back(value, size)
-        if model.negate_x:
-            normals = normals * [-1, 1, 1]
-        spread_deg = None if spread is None else self._back(spread[None], size)[..., 0]
-        return normals_answer(normals, spread_deg=spread_deg, **facts)
-
-    def _back(self, values: Tensor, size: tuple[int, int]) -> Any:
-        """[C, h, w] -> numpy [H, W, C]."""
-        return resized(values[None], size, self.resample)[0].permute(1, 2, 0).cpu().numpy()
+        return combined_answer(
+            members[:, 0] if task is Task.DEPTH else members,
+            size=size,
+            how=self.combine,
+            resample=self.resample,
+            space=model.space,
+            negate_x=model.negate_x,
+            seeds=self.seeds,
+        )
 
 
 class _Model:
@@ -191,7 +173,9 @@ class _Model:
         self.negate_x = normal_axes == "lotus" or (normal_axes == "auto" and e2e)
         self.latent, config = _load(checkpoint, task=task, execution=execution, tiling=vae_tiling)
         kind = config.get("prediction_type") or ("depth" if task is Task.DEPTH else "normals")
-        self.space = DEPTH_SPACES.get(kind if depth_space == "auto" else depth_space)
+        self.space = Space.UNIT_NORMALS
+        if task is Task.DEPTH:
+            self.space = DEPTH_SPACES[kind if depth_space == "auto" else depth_space]
         self.full_z = config.get("use_full_z_range", True)
         default = 1 if self.zeros else config.get("default_denoising_steps")
         self.steps = default if steps is None else steps
@@ -215,7 +199,7 @@ class _Model:
             "start": "zeros" if self.zeros else "noise",
             "scheduler": type(scheduler).__name__,
             "timestep_spacing": scheduler.config.get("timestep_spacing"),
-            "answers": str(self.space or Space.UNIT_NORMALS),
+            "answers": str(self.space),
             "x_negated": self.negate_x if self.task is Task.NORMALS else None,
             "camera": "not used",
         }
