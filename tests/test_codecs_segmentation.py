@@ -126,7 +126,7 @@ def test_noise_and_blended_rims(sigma):
     soft = uniform_filter(codec.encode(ids).astype(float), (3, 3, 0))
     rgb = np.clip(np.rint(soft + rng.normal(0, sigma, soft.shape)), 0, 255).astype(np.uint8)
     found, table = codec.decode(rgb)
-    assert same_partition(found, ids, 0.8)
+    assert same_partition(found, ids, 0.7)  # a rim 1 px wide is half blended: (8 / 9)^2 = 0.79
     assert all(0.3 < row["score"] < 1 for row in table)
 
 
