@@ -31,13 +31,15 @@ REFUSE_BELOW = 0.5  # probability that the prompt asks for something the generat
 
 
 def text_batch(texts: Sequence[str], *, max_tokens: int, device: torch.device) -> Text:
-    """Prompts -> stacked tokens on ``device``, cut to the longest prompt of the batch."""
+    """Prompts -> stacked tokens on ``device``, cut to the longest of the batch."""
     tokens = [tokenize(t, max_tokens=max_tokens) for t in texts]
     length = max(1, max(int(t.mask.sum()) for t in tokens))
     ngrams, rgb, mask, at, colour_mask = (
         torch.from_numpy(np.stack(part)) for part in zip(*tokens, strict=True)
     )
-    cut = (ngrams[:, :length], rgb[:, :length], mask[:, :length], at, colour_mask)
+    colours = max(1, int(colour_mask.sum(1).max()))
+    cut = (ngrams[:, :length], rgb[:, :length], mask[:, :length],
+           at[:, :colours], colour_mask[:, :colours])  # fmt: skip
     return Text(*(t.to(device) for t in cut))
 
 

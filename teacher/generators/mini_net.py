@@ -141,7 +141,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Tokens [B, N, D]; modulation [B, 6, D] (scale, shift, gate, twice); text [B, T, Dt]."""
         m = self.modulation if modulation is None else self.modulation + modulation
-        m = m.expand(x.shape[0], 6, x.shape[2])[:, :, None]
+        m = m.to(x.dtype).expand(x.shape[0], 6, x.shape[2])[:, :, None]
         y = F.layer_norm(x, x.shape[-1:]) * (1 + m[:, 0]) + m[:, 1]
         self_mask = mask if text is None else None  # the text encoder masks itself
         q, k, v = self.qkv(y).chunk(3, dim=-1)
@@ -299,17 +299,19 @@ class MiniNet(nn.Module):
 
     def _paint(self, x: Tensor, tokens: Tensor, text: Text) -> Tensor:
         """Decoder output [B, 3 + 1 + key, H, W] -> picture, mixing drawn and pointed-at colours."""
-        b, _, h, w = x.shape
-        drawn, gate, query = x[:, :3], x[:, 3:4], x[:, 4:].flatten(2).transpose(1, 2)
-        at = text.colour_at[..., None]
-        keys = self.colour_key(tokens.gather(1, at.expand(-1, -1, tokens.shape[2])))
-        rgb = text.rgb[..., :3].gather(1, at.expand(-1, -1, 3))
-        scores = (query @ keys.transpose(1, 2)).float()
-        scores = scores.masked_fill(~text.colour_mask[:, None], -1e4)
-        pointed = (scores.softmax(-1) @ rgb.float()).transpose(1, 2).reshape(b, 3, h, w)
-        any_colour = text.colour_mask.any(1)[:, None, None, None]
-        share = torch.where(any_colour, gate.float().sigmoid(), 0.0)
-        return drawn.float() * (1 - share) + pointed * share
+        rows = text.colour_mask.any(1).nonzero()[:, 0]
+        drawn = x[:, :3].float()
+        if not len(rows):
+            return drawn
+        _, _, h, w = x.shape
+        at, mask = text.colour_at[rows, :, None], text.colour_mask[rows]
+        keys = self.colour_key(tokens[rows].gather(1, at.expand(-1, -1, tokens.shape[2])))
+        rgb = text.rgb[rows, :, :3].gather(1, at.expand(-1, -1, 3))
+        scores = keys @ x[rows, 4:].flatten(2)  # [rows, colours, pixels]
+        scores = scores.float().masked_fill(~mask[:, :, None], -1e4)
+        pointed = (rgb.float().transpose(1, 2) @ scores.softmax(1)).reshape(-1, 3, h, w)
+        share = x[rows, 3:4].float().sigmoid()
+        return drawn.index_copy(0, rows, drawn[rows] * (1 - share) + pointed * share)
 
     def count_parameters(self) -> int:
         """Number of weights."""
