@@ -36,6 +36,7 @@ def label(
     keep_pictures: bool,
     threads: int,
     video: dict[str, Any] | None = None,
+    engine: str = "local",
     workers: int = 1,
     shard: dict[str, int] | None = None,
 ) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def label(
         keep_pictures: also store the teacher's raw RGB answers.
         threads: decoding and encoding threads.
         video: which frames of videos: ``fps``, or the first of each scene (``scene_change``).
-        workers: processes on this machine, one GPU each.
+        engine: ``local`` (this machine) or ``ray`` (a Ray cluster).
+        workers: processes on this machine, or at most so many Ray actors; one GPU each.
         shard: ``index`` of ``count`` array tasks (SLURM, Kubernetes, SkyPilot): this task takes the
             shards whose number leaves ``index`` when divided by ``count``.
     """
@@ -61,6 +63,8 @@ def label(
     for name, value in sizes.items():
         if value < 1:
             raise UsageError(f"{name}={value}: expected at least 1.")
+    if engine not in ("local", "ray"):
+        raise UsageError(f"engine={engine}: expected local or ray.")
     index, count = array_task(shard or {})
     source = open_source(images, video=video)
     oracle = load_teacher(**teacher)
@@ -86,7 +90,11 @@ def label(
     )
     worker = recipe.build(teacher=oracle, source=source)
     announce(worker, todo, workers=workers)
-    if workers > 1:
+    if engine == "ray":
+        from teacher.jobs.ray_engine import run_ray
+
+        tally = run_ray(recipe, todo, workers=workers) if todo else Tally()
+    elif workers > 1:
         tally = run_processes(recipe, todo, workers=workers)
     else:
         # an array task leaves shards that others have leased to them
