@@ -102,7 +102,10 @@ def places_of_cells(cells, places, order, to_place):
 def cells_of_places(places, cells, order, to_cell):
     """Places uint32 [N] to cells uint8 [3N]."""
     for i in range(places.size):
-        x, y, z = cell_of_place(np.uint32(places[i]), order, to_cell)
+        if order == 8:  # a constant, so that the levels are unrolled
+            x, y, z = cell_of_place(np.uint32(places[i]), np.uint32(8), to_cell)
+        else:
+            x, y, z = cell_of_place(np.uint32(places[i]), order, to_cell)
         cells[3 * i], cells[3 * i + 1], cells[3 * i + 2] = np.uint8(x), np.uint8(y), np.uint8(z)
 
 
