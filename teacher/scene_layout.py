@@ -159,9 +159,8 @@ class _Layout:
             instance = len(self.scene.things) + 1
             largest = max(parts, key=lambda part: sum(part.size))
             self.scene.things[instance] = {"class": name, "color": largest.material.color}
-        self.scene.parts += placed(
-            parts, at=at, yaw_deg=yaw_deg, label=CLASS_ID[name], instance=instance
-        )
+        label = CLASS_ID[name]
+        self.scene.parts += placed(parts, at=at, yaw_deg=yaw_deg, label=label, instance=instance)
 
     def stand(self, name: str, parts: list[Part], *, nearest: float, farthest: float) -> bool:
         """Put a thing on the ground somewhere in view, if there is room; near places preferred."""
@@ -263,13 +262,11 @@ class _Layout:
         self.add("ceiling", [sheet(h, w, d, pale)], at=(0, 0, 0), yaw_deg=0)
         for k in range(4):
             wide, away = (w, d) if k % 2 == 0 else (d, w)
-            skin = paint
+            skin, size = paint, (2 * wide, h, 0.0)
             if p.chance(0.35):
                 second = p.hsv((0, 1), (0.05, 0.5), (0.4, 0.9))
-                skin = dataclasses.replace(
-                    paint, second=second, pattern=p.pattern(), period_m=p.between(0.4, 0.9)
-                )
-            size = (2 * wide, h, 0.0)
+                skin = dataclasses.replace(paint, second=second, pattern=p.pattern())
+                skin = dataclasses.replace(skin, period_m=p.between(0.4, 0.9))
             wall = Part(shape="panel", center=(0, h / 2, -away), size=size, material=skin)
             self.add("wall", [wall], at=(0, 0, 0), yaw_deg=90.0 * k)
         self._ceiling_light()

@@ -35,10 +35,11 @@ def main(train: str, *held_out: str) -> None:
         truth, pixels = known_depths(path)
         right = np.maximum(guess / truth, truth / guess) < 1.25
         delta1 = right.sum((1, 2)) / np.isfinite(truth).sum((1, 2))
+        spread = np.nanpercentile(truth, [5, 50, 95]).round(2).tolist()
         share = {name: round(100 * float(pixels[k] / pixels.sum()), 2)
                  for k, name in LabelSet(path).classes.items()}  # fmt: skip
         report[path] = {"images": len(truth), "delta1": round(float(delta1.mean()), 3),
-                        "depth_p5_p50_p95_m": np.nanpercentile(truth, [5, 50, 95]).round(2).tolist(),
+                        "depth_p5_p50_p95_m": spread,
                         "share_percent": share}  # fmt: skip
     print(json.dumps(report, indent=1))
 
