@@ -246,9 +246,10 @@ class Pairs:
     ) -> tuple[str, np.ndarray, np.ndarray]:
         ids = np.asarray(self.scenes.instances[index])[:, flip]
         classes = self.scenes.instance_class[index]
-        present = sorted({int(classes[i]) for i in np.unique(ids) if i} - {NO_CLASS})
-        if present and rng.random() < 0.85:
-            wanted = int(rng.choice(present))
+        area = np.bincount(classes[ids[ids > 0]], minlength=256).astype(float)
+        area[NO_CLASS] = 0
+        if area.any() and rng.random() < 0.85:  # large things more often than specks
+            wanted = int(rng.choice(256, p=np.sqrt(area) / np.sqrt(area).sum()))
         else:
             wanted = int(rng.choice(self.things))
         background: RGB = (0, 0, 0)
