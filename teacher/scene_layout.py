@@ -109,8 +109,7 @@ class _Layout:
         self.half = (60.0, 60.0) if kind == "open" else self.half
         self.scene = Scene(seed=seed, split=split, kind=kind, view=self._camera(kind))
         self.scene.exposure = p.between(0.6, 1.5) if p.other else p.between(0.8, 1.25)
-        x, _, z = self.scene.view.position
-        self.taken.append((x, z, 0.35))
+        self.taken.append((*self.scene.view.position[::2], 0.35))
 
     def _camera(self, kind: str) -> View:
         p = self.p

@@ -283,4 +283,4 @@ def test_colours_have_their_names_and_their_linear_values():
              "white": (0.95, 0.95, 0.95), "black": (0.05, 0.05, 0.05), "grey": (0.5, 0.5, 0.5),
              "brown": (0.45, 0.3, 0.15), "yellow": (0.9, 0.85, 0.1)}  # fmt: skip
     assert {color_name(color): color for color in named.values()} == named
-    assert linear((0.0, 1.0, 0.5)) == pytest.approx([0, 1, 0.21404], abs=1e-5)
+    assert linear((0.02, 1.0, 0.5)) == pytest.approx([0.001548, 1, 0.21404], abs=1e-5)
