@@ -172,3 +172,88 @@ def write_lotus(folder: Path, *, generative: bool, facing: bool = False, seed: i
         unet=unet,
         facing=facing,
     )
+
+
+def write_flux(folder: Path, *, seed: int = 0) -> Path:
+    """FLUX.1-dev's layout: two text encoders, two tokenizers, transformer, VAE, flow scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    ).save_pretrained(folder / "transformer")
+    facts = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False}
+    tiny_vae(**facts, use_post_quant_conv=False).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    ).save_pretrained(folder / "scheduler")
+    write_clip_text_model(folder / "text_encoder")
+    write_clip_tokenizer(folder / "tokenizer")
+    words = T5Config(
+        vocab_size=8,
+        d_model=24,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=3,
+        tie_word_embeddings=False,
+    )
+    T5EncoderModel(words).eval().save_pretrained(folder / "text_encoder_2")
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁", -2.0)]
+    T5Tokenizer(vocab=vocab, extra_ids=0).save_pretrained(folder / "tokenizer_2")
+    index = {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": "0.30.0.dev0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+LOTUS2_LAYERS = [
+    *(f"transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"transformer_blocks.0.attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj")),
+    "transformer_blocks.0.attn.to_add_out",
+    *(f"transformer_blocks.0.{n}" for n in ("ff.net.0.proj", "ff.net.2")),
+    *(f"transformer_blocks.0.{n}" for n in ("ff_context.net.0.proj", "ff_context.net.2")),
+    *(f"single_transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v")),
+]
+
+
+def write_lotus2_adapters(folder: Path, *, flux: Path, seed: int = 0, rank: int = 3) -> Path:
+    """The six files of Lotus-2; the depth continuity module as a torch archive, as it is read."""
+    from diffusers import FluxTransformer2DModel
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    network = FluxTransformer2DModel.from_pretrained(flux / "transformer")
+    for task in ("depth", "normal"):
+        for stage in ("core_predictor", "detail_sharpener"):
+            tensors = {}
+            for path in LOTUS2_LAYERS:
+                layer, key = network.get_submodule(path), f"transformer.{path}"
+                tensors[f"{key}.lora_A.weight"] = torch.randn(rank, layer.in_features) * 0.2
+                tensors[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, rank) * 0.2
+            save_file(tensors, folder / f"lotus-2_{stage}_{task}.safetensors")
+        lcm = {"lcm.0.weight": torch.randn(8, 4, 3, 3) * 0.1, "lcm.0.bias": torch.randn(8) * 0.1}
+        lcm |= {"lcm.2.weight": torch.randn(4, 8, 3, 3) * 0.1, "lcm.2.bias": torch.randn(4) * 0.1}
+        path = folder / f"lotus-2_lcm_{task}.safetensors"
+        torch.save(lcm, path) if task == "depth" else save_file(lcm, path)
+    return folder

@@ -52,6 +52,11 @@ class Teacher(Protocol):
 TEACHERS: dict[str, tuple[str, str]] = {
     "truth": ("teacher.generators.folder", "TruthTeacher"),
     "mini": ("teacher.generators.mini", "MiniTeacher"),
+    "marigold": ("teacher.generators.marigold", "MarigoldTeacher"),
+    "lotus": ("teacher.generators.lotus", "LotusTeacher"),
+    "lotus2": ("teacher.generators.lotus2", "Lotus2Teacher"),
+    "depth_pro": ("teacher.generators.specialist", "DepthProTeacher"),
+    "depth_anything": ("teacher.generators.specialist", "DepthAnythingTeacher"),
 }
 
 

@@ -97,7 +97,7 @@ class LatentModel:
     The text encoder is used once, at loading, and then let go of.
     """
 
-    unet: nn.Module
+    unet: Any
     vae: Any
     scheduler: Any
     prompt: Tensor
@@ -135,7 +135,8 @@ class LatentModel:
         of E was asked of the mirrored image and is mirrored back (as pixels: a normal's x is not).
         """
         run = self.execution
-        size = longest_side(*queries[0].image.shape[:2], side_px)
+        height, width = queries[0].image.shape[:2]
+        size = longest_side(height, width, side_px)
         images = to_signed([q.image for q in queries], run.device)  # [N,3,H,W]
         if tuple(images.shape[-2:]) != size:
             images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)

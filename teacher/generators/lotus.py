@@ -172,7 +172,7 @@ class LotusTeacher:
 
 def is_generative(model: LatentModel) -> bool:
     """G sees the image's latent and noise, D the image's latent alone."""
-    return model.unet.config.in_channels == 8
+    return bool(model.unet.config.in_channels == 8)
 
 
 def predict(
@@ -203,7 +203,7 @@ def load_lotus(checkpoint: Checkpoint, *, execution: Execution, tiling: bool) ->
             f"class_embed_type={embedded!r}; expected 8 (G) or 4 (D) and 'projection'."
         )
     try:
-        load = {"use_safetensors": True, "local_files_only": True}
+        load: Any = {"use_safetensors": True, "local_files_only": True}
         parts = {
             "unet": UNet2DConditionModel.from_pretrained(checkpoint.folder / "unet", **load),
             "vae": AutoencoderKL.from_pretrained(checkpoint.folder / "vae", **load),

@@ -78,7 +78,7 @@ class Execution:
         """Float32 beside bfloat16 (8 bits would leave the answer 256 levels), else ``dtype``."""
         return torch.float32 if self.dtype is torch.bfloat16 else self.dtype
 
-    def settle(self, network: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    def settle(self, network: nn.Module, *, dtype: torch.dtype | None = None) -> Any:
         """Bring a loaded network to its place and precision, ready for `using`."""
         network = network.eval().requires_grad_(False)
         nn.Module.to(network, dtype=dtype or self.dtype)  # diffusers' own `to` warns of nothing
@@ -89,7 +89,7 @@ class Execution:
         return network.to("cpu" if self.offload == "model" else self.device)
 
     @contextlib.contextmanager
-    def using(self, network: nn.Module) -> Iterator[nn.Module]:
+    def using(self, network: Any) -> Iterator[Any]:
         """The network on the device for the length of the block; clear words when it is too big."""
         try:
             if self.offload == "model":
