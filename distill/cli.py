@@ -28,6 +28,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "scenes": ("teacher.scenes", "make_scenes", "synthetic scenes with exact truth"),
     "label": ("teacher.jobs.run", "label", "a teacher labels images"),
     "inspect": ("teacher.report", "inspect", "HTML report of a label set"),
+    "check": ("teacher.jobs.check", "check", "is a label set whole, has the teacher drifted"),
+    "select": ("teacher.jobs.selection", "select", "which labels are worth learning from"),
     "tune": ("distill.tune.run", "tune", "instruction-tune a generator"),
     "train": ("distill.train", "train", "train a student on label sets"),
     "export": ("export.onnx_graph", "export_student", "student -> ONNX"),
