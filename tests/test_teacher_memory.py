@@ -1,0 +1,29 @@
+"""The VRAM table's arithmetic: known parameter counts, and a chain whose peak is known by hand."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import teacher_memory
+
+
+def test_parameter_counts_are_the_published_ones():
+    """SD 2 U-Net 865.91 M plus 4 more input channels (3 x 3 x 4 x 320); FLUX.1 11.90 B."""
+    count = teacher_memory.weights()
+    assert count["Marigold U-Net"] == 865_910_724 + 9 * 4 * 320
+    assert count["SD VAE"] == 83_653_863
+    assert count["FLUX.1 transformer"] == 11_901_408_320
+
+
+def test_peak_of_a_chain_by_hand():
+    """64 x 64 floats through width 256: input 16 KiB, hidden and its ReLU 64 KiB each."""
+
+    def make():
+        return torch.nn.Sequential(
+            torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8)
+        )
+
+    peak = teacher_memory.pass_bytes(make, lambda net: net(torch.zeros(64, 64)), torch.float32)
+    assert peak == (16 + 64 + 64) * 1024
