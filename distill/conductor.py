@@ -129,6 +129,7 @@ class Conductor(L.Callback):
             **{k: self.identity[k] for k in ("trainer", "data", "weights")},
             "steps": lesson.step_number,
             "skipped": lesson.skipped,
+            "backbone": lesson.student.config["backbone"],
             "backbone_licence": lesson.student.backbone.licence,
             "torch": torch.__version__,
             "validation": self.numbers,

@@ -33,6 +33,8 @@ from distill.samples import Frame
 from student.checkpoint import write_atomic
 from student.model import Student
 from teacher.errors import EnvironmentFailure, UsageError
+from teacher.jobs.licences import of_student, refuse
+from teacher.jobs.selection import apply_selections
 from teacher.label import Task
 from teacher.store import LabelSet
 
@@ -47,6 +49,8 @@ def train(
     student: dict[str, Any],
     trainer: dict[str, Any],
     weights: Sequence[float] | None = None,
+    selection: str | Sequence[str] | None = None,
+    licence: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a student on one or several label sets; started again, it goes on where it stopped.
 
@@ -56,6 +60,8 @@ def train(
         student: arguments of `student.model.Student`; the classes come from the label sets.
         trainer: fields of `distill.module.TrainerConfig`.
         weights: how often each label set is drawn, relative; None: by its number of images.
+        selection: selection file(s) of those label sets (`teacher.jobs.selection`); None: all.
+        licence: ``refuse``: terms that no ancestor may have (`teacher.jobs.licences.TERMS`).
 
     Returns:
         ``summary``, ``student`` (path), ``steps``, ``skipped``, ``seconds``, ``images_per_s``,
@@ -70,6 +76,9 @@ def train(
     if not folders:
         raise UsageError("data=[]: expected at least one label set")
     sets = [LabelSet(folder) for folder in folders]
+    files = [selection] if isinstance(selection, str) else list(selection or ())
+    for labels, keys in zip(sets, apply_selections(files, sets), strict=True):
+        labels.keys = keys
     torch.manual_seed(config.seed)
     model = _build(student, sets)
     identity = {
@@ -79,6 +88,12 @@ def train(
         "data": [_identity(labels) for labels in sets],
         "weights": list(weights) if weights else None,
     }
+    ancestors = {
+        "data": identity["data"],
+        "backbone": model.config["backbone"],
+        "backbone_licence": model.backbone.licence,
+    }
+    refuse(of_student(ancestors), (licence or {}).get("refuse", []), what=f"student {out}")
     folder, finished = _open_run(out, identity)
     if finished:
         done = (

@@ -199,3 +199,46 @@ def test_near_duplicates_keep_the_more_certain_one(tmp_path):
     kept = read_selection(labels.path / "selection.json", labels)
     assert result["reasons"] == {"near-duplicate": 3}
     assert kept == {labels.keys[1], labels.keys[3], labels.keys[5]}
+
+
+def test_the_command_takes_limits_as_the_yaml_shows_them(tmp_path, balls, capsys):
+    from distill import cli
+
+    command = ["select", f"labels={balls}", f"out={tmp_path}/s.json", "at_most={depth_m_p5:3.5}"]
+    assert cli.main([*command, "drop_worst={sky_share:0.1}", "near_duplicate_bits=0"]) == 0
+    assert "of 10 kept" in capsys.readouterr().out
+    criteria = load_selection(tmp_path / "s.json")["criteria"]
+    assert criteria["at_most"] == {"depth_m_p5": 3.5}
+    assert criteria["drop_worst"] == {"sky_share": 0.1}
+
+
+STUDENT = {"backbone": "test_efficientnet", "height": 32, "width": 64, "decoder_channels": 16}
+STUDENT |= {"tasks": ["depth"]}
+TRAINER = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "device": "cpu", "threads": 1}
+
+
+def test_training_learns_from_the_selected_images_only(tmp_path, balls):
+    from distill.train import train
+    from student.checkpoint import load_student
+    from teacher.jobs.licences import LicenceRefusedError, of_student
+
+    labels, file = LabelSet(balls), tmp_path / "s.json"
+    medians = sorted(row["depth_m_p50"] for row in labels.rows)
+    select(labels=str(balls), out=str(file), at_most={"depth_m_p50": medians[5]})
+    options = {"data": str(balls), "student": STUDENT, "trainer": TRAINER}
+    refused = {"licence": {"refuse": ["unknown"]}}
+    train(**options, out=str(tmp_path / "run"), selection=str(file))
+    provenance = load_student(tmp_path / "run" / "student.safetensors").provenance
+    assert provenance["data"][0]["images"] == 6
+    assert [e["role"] for e in of_student(provenance)] == ["teacher code"]
+    with pytest.raises(UsageError, match=r"another run; different: data"):
+        train(**options, out=str(tmp_path / "run"))
+    other = write_balls(tmp_path / "other", 4, first=90)
+    with pytest.raises(UsageError, match="none of the label sets given"):
+        train(**options | {"data": str(other)}, out=str(tmp_path / "x"), selection=[str(file)])
+    about = json.loads((other / "dataset.json").read_text())
+    about["teacher"] = {"name": "mine:Painter"}
+    (other / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(LicenceRefusedError, match="teacher code mine:Painter: licence unknown"):
+        train(**options | {"data": str(other)}, out=str(tmp_path / "x"), **refused)
+    assert not (tmp_path / "x").exists()
