@@ -22,7 +22,7 @@
     report.panel.build($("side"));
     report.on("view", refresh);
     report.on("part", () => { report.list.ask(); if ($("detail").open) detail(); });
-    report.on("marks", () => { report.list.marks(); counts(); report.panel.draw(); });
+    report.on("marks", () => { report.list.marks(); counts(); });
     connect();
     theme(stored("theme"));
     report.sortBy(meta.sort || "uri");
