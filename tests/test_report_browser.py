@@ -83,14 +83,24 @@ def open_page(browser, folder):
     browser.get_log("browser"), browser.get_log("performance")
     browser.get((folder / "report" / "index.html").as_uri())
     wait(browser, "document.documentElement.dataset.ready === 'yes'")
-    browser.execute_script("localStorage.clear(); report.recall(); report.panel.clearAll()")
     wait(browser, PAINTED)
     return browser
 
 
-@pytest.fixture
-def page(chromium, shown):
+@pytest.fixture(scope="module")
+def opened(chromium, shown):
     return open_page(chromium, shown)
+
+
+@pytest.fixture
+def page(opened):
+    """The page as it was when it opened: no marks, no filters, worst first."""
+    opened.execute_script(
+        "localStorage.clear(); report.recall(); report.state.undo = []; report.panel.clearAll();"
+        "report.sortBy(report.state.meta.sort)"
+    )
+    wait(opened, PAINTED)
+    return opened
 
 
 def keys_shown(page):
@@ -115,7 +125,8 @@ def point_at(page, selector, x, y, *, shape):
     ActionChains(page).move_to_element_with_offset(canvas, round(dx), round(dy)).perform()
 
 
-def test_it_opens_from_disk_worst_first_without_a_complaint_or_a_connection(page, shown):
+def test_it_opens_from_disk_worst_first_without_a_complaint_or_a_connection(opened, shown):
+    page = open_page(opened, shown)
     labels = LabelSet(shown)
     rows = sorted(
         (r for r in labels.rows if r["state"] == "labelled"), key=lambda r: -r["depth_uncertainty"]
