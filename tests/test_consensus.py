@@ -58,10 +58,10 @@ def test_normals_take_the_medoid_and_the_spread_is_the_mean_angle():
 
 
 def test_classes_vote_and_unknown_never_wins_against_a_class():
-    stack = np.array([[[3]], [[255]], [[255]], [[3]], [[4]]], np.uint8)
+    stack = np.array([[[255]], [[255]], [[255]], [[3]], [[3]], [[4]]], np.uint8)
     values, spread = consensus.merge_classes(stack)
     assert values.item() == 3
-    assert spread.item() == pytest.approx(1 - 2 / 5)
+    assert spread.item() == pytest.approx(1 - 2 / 6)
 
 
 def test_instances_are_matched_before_voting():
