@@ -60,10 +60,10 @@ def run(balls, tmp_path, **changes):
 def test_depth_drift_by_hand():
     nan, inf = np.nan, np.inf
     then = np.array([[1, 2, 4, nan, inf, 3]], np.float32)
-    now = np.array([[1.1, 2, 6, 5, inf, inf]], np.float32)
+    now = np.array([[1.1, 1, 6, 5, inf, inf]], np.float32)
     found = depth_drift(now, then)
-    assert found["rel_mean"] == pytest.approx((0.1 + 0 + 0.5) / 3, rel=1e-6)
-    assert found["delta1"] == pytest.approx(2 / 3)
+    assert found["rel_mean"] == pytest.approx((0.1 + 0.5 + 0.5) / 3, rel=1e-6)
+    assert found["delta1"] == pytest.approx(1 / 3)
     assert found["validity"] == pytest.approx(2 / 6)  # nan -> 5 m, 3 m -> sky
 
 
@@ -246,6 +246,15 @@ def test_a_changed_number_in_a_camera_has_no_checksum_so_the_whole_shard_is_left
     result = salvage(folder, tmp_path / "saved")
     assert result["salvaged"]["images"] == 6
     assert all("no checksum" in why for why in result["salvaged"]["lost"].values())
+
+
+def test_a_flipped_bit_in_the_padding_of_a_tar_costs_one_image(tmp_path, balls):
+    folder = damaged_copy(balls, tmp_path / "set")
+    key, at, data = member_place(folder, 1, 0, "json")
+    flip(folder, 1, at + len(data) + 3)
+    result = salvage(folder, tmp_path / "saved")
+    assert list(result["salvaged"]["lost"]) == [key]
+    assert "padding is not zero" in result["salvaged"]["lost"][key]
 
 
 def test_a_cut_shard_gives_what_stood_before_the_cut(tmp_path, balls):

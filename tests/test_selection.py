@@ -29,7 +29,7 @@ def rows_of(**columns):
 
 
 def test_limits_and_worst_shares_by_hand():
-    rows = rows_of(u=[0.1, 0.4, None, 0.2, 0.3], cover=[1.0, 0.5, 0.2, 0.9, 1.0])
+    rows = rows_of(u=[0.1, 0.4, None, 0.2, 0.3], cover=[None, 0.5, 0.2, 0.9, 1.0])
     found = judge(rows, at_least={"cover": 0.5}, at_most={"u": 0.3}, drop_worst={"u": 0.5})
     assert sorted(found) == ["k1", "k2", "k4"]  # of 4 numbers the worst 2: 0.4 and 0.3
     assert found["k1"] == ["u 0.4 > 0.3", "u 0.4 is among the worst 0.5 of all"]

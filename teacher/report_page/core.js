@@ -2,7 +2,7 @@
 /* The report's data and state: index by columns, parts loaded on demand, order, filters, marks. */
 
 const report = (() => {
-  const PARTS_KEPT = 160; // about a megabyte each
+  const PARTS_KEPT = 96; // a megabyte or two each
   const PARTS_AT_ONCE = 6;
 
   const state = {

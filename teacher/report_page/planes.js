@@ -62,34 +62,39 @@ report.planes = (() => {
     return out;
   }
 
+  const packed = (r, g, b, a) => ((a << 24) | (b << 16) | (g << 8) | r) >>> 0; // little-endian RGBA
+
   /* Paint one plane; the canvas keeps what the probe needs. */
   async function paint(canvas, name, plane) {
     const job = (canvas.job = Symbol());
     const data = await pixels(plane.src);
     if (canvas.job !== job) return; // the row shows another sample by now
     const { width, height } = data, source = data.data;
-    const codes = new Uint16Array(width * height), out = new Uint8ClampedArray(source.length);
+    const codes = new Uint16Array(width * height), shown = new Uint32Array(width * height);
     if (plane.kind === "scalar" || plane.kind === "ids") {
       for (let i = 0; i < codes.length; i++) codes[i] = plane.wide ? (source[4 * i] << 8) | source[4 * i + 1] : source[4 * i];
     }
     if (plane.kind === "scalar") {
-      const lookup = colours(name, plane);
-      for (let i = 0; i < codes.length; i++) out.set(lookup.subarray(4 * codes[i], 4 * codes[i] + 4), 4 * i);
+      const lookup = new Uint32Array(colours(name, plane).buffer);
+      for (let i = 0; i < codes.length; i++) shown[i] = lookup[codes[i]];
     } else if (plane.kind === "ids") {
-      const lookup = new Map();
+      const lookup = new Map([[plane.unknown, 0]]);
+      let last = plane.unknown, colour = 0;
       for (let i = 0; i < codes.length; i++) {
-        const id = codes[i];
-        if (id === plane.unknown) continue;
-        if (!lookup.has(id)) lookup.set(id, [...classColour(id), 255]);
-        out.set(lookup.get(id), 4 * i);
+        if (codes[i] !== last) {
+          last = codes[i];
+          if (!lookup.has(last)) lookup.set(last, packed(...classColour(last), 255));
+          colour = lookup.get(last);
+        }
+        shown[i] = colour;
       }
     } else {
-      out.set(source);
-      if (plane.kind === "normals") for (let i = 0; i < codes.length; i++) if (source[4 * i] + source[4 * i + 1] + source[4 * i + 2] < 40) out[4 * i + 3] = 0;
+      shown.set(new Uint32Array(source.buffer));
+      if (plane.kind === "normals") for (let i = 0; i < codes.length; i++) if (source[4 * i] + source[4 * i + 1] + source[4 * i + 2] < 40) shown[i] = 0;
     }
     canvas.width = width;
     canvas.height = height;
-    canvas.getContext("2d").putImageData(new ImageData(out, width, height), 0, 0);
+    canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(shown.buffer), width, height), 0, 0);
     canvas.probe = { name, plane, codes, source, width, height };
   }
 
