@@ -82,7 +82,7 @@ def test_decode_is_the_nearest_point_of_the_whole_polyline(name, order, kind):
     full = colours.astype(np.float64) * (1 if kind == "bytes" else 255)
     level, distance, gap = brute_force(full, codec.path)
     np.testing.assert_allclose(residual, distance, rtol=1e-5, atol=2e-3)
-    unique = (gap > 1e-3) & (level > 0.5) & (level < codec.ends()[2]) & (full < 254.5).any(1)
+    unique = (gap > 1e-3) & (level > 0.5) & (level < codec.ends()[3]) & (full < 254.5).any(1)
     assert unique.mean() > 0.5
     u = level[unique] / codec.path.length
     expected_m = 10 * ((1 - u) ** -0.5 - 1)  # lam = -3, c = 10/3 in closed form

@@ -73,6 +73,9 @@ def test_unknown_is_black_and_directionless_grey_is_unknown():
     grey, residual = codec.decode(np.full((1, 3), 0.5, np.float32))
     assert np.isnan(grey).all() and residual[0] == pytest.approx(127.5)
     assert np.isnan(codec.decode(np.array([[np.nan, 0.5, 1.0]]))[0]).all()
+    for byte_grey in ([127, 128, 127], [128, 128, 128]):  # 127.5 does not exist in bytes
+        assert np.isnan(codec.decode(np.array([byte_grey], np.uint8))[0]).all()
+    assert np.isnan(codec.decode(codec.encode(np.zeros((1, 3))))[0]).all()
 
 
 def test_residual_is_the_distance_to_the_sphere():

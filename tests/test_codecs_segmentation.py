@@ -22,8 +22,9 @@ def test_colours_by_tuple_hex_and_name():
     assert codec.colours == ((128, 192, 0), (102, 51, 153), (125, 0, 125))
     with pytest.raises(UsageError, match="did you mean lightblue"):
         parse_colour("lihgtblue")
-    with pytest.raises(UsageError, match="three whole numbers"):
-        parse_colour((0, 0, 256))
+    for bad in ((0, 0, 256), (0, 0), [0, -1, 0]):
+        with pytest.raises(UsageError, match="three whole numbers"):
+            parse_colour(bad)
 
 
 def test_palette_decodes_to_the_nearest_colour_by_brute_force():
@@ -69,6 +70,17 @@ def test_automatic_colours_reach_the_known_optima(n, best):
     assert smallest_distance(spread_colours(n)) == pytest.approx(best, abs=0.01)
     np.testing.assert_array_equal(spread_colours(n), spread_colours(n))
     assert smallest_distance(spread_colours(19)) > 125
+
+
+def test_one_more_colour_is_the_farthest_of_all_by_brute_force():
+    steps = np.arange(0, 256, 15)
+    grid = np.array(list(itertools.product(steps, repeat=3)))
+    apart = np.linalg.norm(grid[:, None] - np.array(CITYSCAPES), axis=-1).min(1)
+    found = spread_colours(1, keep=CITYSCAPES)
+    assert smallest_distance(np.concatenate([found, CITYSCAPES])) <= apart.max()
+    assert np.linalg.norm(found - np.array(CITYSCAPES), axis=-1).min() == pytest.approx(apart.max())
+    with pytest.raises(UsageError, match="730 colours are too many to be told apart"):
+        spread_colours(730)
 
 
 def scene(objects, size=128, background=0):
@@ -152,6 +164,44 @@ def test_one_object_behind_another_is_merged_and_far_twins_are_not():
     assert len(table) == 2  # their common box is far larger than both
 
 
+@pytest.mark.parametrize("spread", [1.5, 5.0, 1e9])
+def test_merging_is_the_closest_allowed_pair_first(spread):
+    # Many squares in few, slightly different colours: against the procedure spelt out.
+    rng, size = np.random.default_rng(int(spread)), 200
+    rgb = np.zeros((size, size, 3), np.uint8)
+    boxes = [(8 + 20 * i, 8 + 20 * j) for i in range(9) for j in range(9)]
+    base = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200)])
+    pieces = []
+    for x, y in boxes:
+        colour = base[rng.integers(3)] + rng.integers(-5, 6, 3)
+        rgb[y : y + 10, x : x + 10] = colour
+        pieces.append([[100.0, *(100.0 * colour)], [x, y, x + 9, y + 9]])
+    codec = InstanceCodec(max_spread=spread)
+
+    def area(b):
+        return (b[2] - b[0] + 1) * (b[3] - b[1] + 1)
+
+    def join(a, b):
+        return [min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])]
+
+    while True:
+        best = None
+        for (s, a), (t, b) in itertools.combinations(pieces, 2):
+            means = [np.array(v[1:]) / v[0] for v in (s, t)]
+            apart = ((means[0] - means[1]) ** 2).sum()
+            fits = area(join(a, b)) <= spread * (area(a) + area(b)) and apart <= codec.tau**2
+            if fits and (best is None or apart < best[0]):
+                best = apart, [s, a], [t, b]
+        if best is None:
+            break
+        _, (s, a), (t, b) = best
+        pieces = [p for p in pieces if p[0] is not s and p[0] is not t]
+        pieces.append([[u + v for u, v in zip(s, t, strict=True)], join(a, b)])
+    _, table = codec.decode(rgb)
+    assert 3 <= len(pieces) < len(boxes)
+    assert sorted(row["box"] for row in table) == sorted(b for _, b in pieces)
+
+
 def test_small_components_go_and_specks_are_filled():
     ids = scene([DISKS[1]])
     rgb = InstanceCodec().encode(ids)
@@ -194,6 +244,10 @@ def test_passes_are_joined_by_score():
 def test_instance_errors():
     with pytest.raises(UsageError, match="needs tau > 0"):
         InstanceCodec(tau=0)
+    with pytest.raises(UsageError, match="needs erosion_px >= 1 or None"):
+        InstanceCodec(erosion_px=0)
+    with pytest.raises(UsageError, match="ids are 0 or more, got -1"):
+        InstanceCodec().encode(np.array([[-1, 0]]))
     with pytest.raises(UsageError, match="split the picture or lower tau"):
         InstanceCodec(tau=120).encode(np.arange(20).reshape(4, 5))
     with pytest.raises(UsageError, match="needs at least one pass"):

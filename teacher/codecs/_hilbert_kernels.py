@@ -14,6 +14,7 @@ from typing import no_type_check
 import numpy as np
 
 from teacher.codecs._jit import jit
+from teacher.codecs._lattice_kernels import depth_of_levels
 from teacher.codecs._power_kernels import BLOCK, raise_block
 
 State = tuple[tuple[int, ...], tuple[int, ...], int]  # axis read, its inversion, parity
@@ -140,9 +141,15 @@ def encode_full(depth_m, rgb, forward, near_m, far_m, to_cell):
 
 @jit
 @no_type_check
-def levels_of_full(rgb, levels, to_place):
-    """Colours uint8 [3N] to their places on the curve of order 8, float64 [N]; white: infinity."""
-    for i in range(levels.size):
-        r, g, b = np.uint32(rgb[3 * i]), np.uint32(rgb[3 * i + 1]), np.uint32(rgb[3 * i + 2])
-        place = place_of_cell(r, g, b, np.uint32(8), to_place)
-        levels[i] = np.inf if r + g + b == 765 else np.float64(place)
+def decode_full(rgb, depth_m, to_place, backward, ends):
+    """Colours uint8 [3N] to depth float32 [N] on order 8, `depth_of_levels` of their places."""
+    buffer = np.empty(BLOCK, np.float64)
+    for start in range(0, depth_m.size, BLOCK):
+        target = depth_m[start : min(start + BLOCK, depth_m.size)]
+        levels = buffer[: target.size]
+        for j in range(target.size):
+            at = 3 * (start + j)
+            r, g, b = np.uint32(rgb[at]), np.uint32(rgb[at + 1]), np.uint32(rgb[at + 2])
+            place = place_of_cell(r, g, b, np.uint32(8), to_place)
+            levels[j] = np.inf if r + g + b == 765 else np.float64(place)  # white is sky
+        depth_of_levels(levels, target, backward, ends)

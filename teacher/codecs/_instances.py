@@ -91,35 +91,37 @@ def _off_chord(colour: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _merge(codec: InstanceCodec, facts: np.ndarray, kept: np.ndarray) -> list[list[int]]:
-    """Stage 5: groups of labels of one colour and not too far apart, in order of first label."""
+    """Stage 5: groups of labels of one colour and not too far apart, in order of first label.
+
+    The closest pair in colour merges first; then only its distances are new.
+    """
     groups = [[int(label)] for label in kept]
-    rows = [facts[label].copy() for label in kept]
-    while True:
-        pair = _closest_pair(codec, rows)
-        if pair is None:
-            return sorted(groups, key=min)
-        i, j = pair
-        groups[i] += groups.pop(j)
-        gone = rows.pop(j)
-        rows[i][: COLOUR.stop] += gone[: COLOUR.stop]
-        rows[i][LOW] = np.minimum(rows[i][LOW], gone[LOW])
-        rows[i][HIGH] = np.maximum(rows[i][HIGH], gone[HIGH])
+    rows = facts[kept].copy()
+    apart = np.full((len(rows), len(rows)), np.inf)
+    for i in range(len(rows)):
+        apart[i, i + 1 :] = _may_merge(codec, rows[i], rows[i + 1 :])
+    while apart.size:
+        i, j = (int(v) for v in np.unravel_index(int(apart.argmin()), apart.shape))
+        if not np.isfinite(apart[i, j]):
+            break
+        groups[i] += groups[j]
+        groups[j] = []
+        rows[i, : COLOUR.stop] += rows[j, : COLOUR.stop]
+        rows[i, LOW] = np.minimum(rows[i, LOW], rows[j, LOW])
+        rows[i, HIGH] = np.maximum(rows[i, HIGH], rows[j, HIGH])
+        alive = np.array([bool(group) for group in groups])
+        fresh = np.where(alive, _may_merge(codec, rows[i], rows), np.inf)
+        apart[j, :] = apart[:, j] = np.inf
+        apart[:i, i], apart[i, i + 1 :] = fresh[:i], fresh[i + 1 :]
+    return sorted((group for group in groups if group), key=min)
 
 
-def _closest_pair(codec: InstanceCodec, rows: list[np.ndarray]) -> tuple[int, int] | None:
-    """The two groups closest in colour that may merge."""
-    if len(rows) < 2:
-        return None
-    facts = np.array(rows)
-    means = facts[:, COLOUR] / facts[:, AREA : AREA + 1]
-    apart = ((means[:, None] - means[None]) ** 2).sum(-1)
-    low = np.minimum(facts[:, None, LOW], facts[None, :, LOW])
-    high = np.maximum(facts[:, None, HIGH], facts[None, :, HIGH])
-    box = (facts[:, HIGH] - facts[:, LOW] + 1).prod(-1)
+def _may_merge(codec: InstanceCodec, one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Squared colour distances of a group to others [n, 9]; infinite where they must not merge."""
+    means = others[:, COLOUR] / others[:, AREA : AREA + 1]
+    apart = ((means - one[COLOUR] / one[AREA]) ** 2).sum(-1)
+    low, high = np.minimum(one[LOW], others[:, LOW]), np.maximum(one[HIGH], others[:, HIGH])
+    boxes = (one[HIGH] - one[LOW] + 1).prod() + (others[:, HIGH] - others[:, LOW] + 1).prod(-1)
     common = (high - low + 1).prod(-1)
-    allowed = (apart <= codec.tau**2) & (common <= codec.max_spread * (box[:, None] + box[None]))
-    allowed &= np.triu(np.ones_like(allowed), 1)
-    if not allowed.any():
-        return None
-    i, j = np.unravel_index(int(np.where(allowed, apart, np.inf).argmin()), apart.shape)
-    return int(i), int(j)
+    allowed = (apart <= codec.tau**2) & (common <= codec.max_spread * boxes)
+    return np.where(allowed, apart, np.inf)

@@ -107,12 +107,13 @@ def nearest_on_lattice(red, green, blue, table, side):
 
 @jit
 @no_type_check
-def depth_of_levels(levels, depth_m, backward, near_m, far_m, sky_level):
+def depth_of_levels(levels, depth_m, backward, ends):
     """Levels float64 [N] (NaN: unknown) to depth float32 [N]; levels are overwritten.
 
-    backward = (w0, w1, q, d0, d1): depth = d0 + d1 (w0 + w1 level)^q. Below half a step or nearer
-    than ``near_m`` is unknown, above ``sky_level`` is sky, the rest is at most ``far_m``.
+    backward = (w0, w1, q, d0, d1): depth = d0 + d1 (w0 + w1 level)^q. ends = (near_m, far_m, first,
+    last): below level ``first`` is unknown, above ``last`` is sky, the rest is near_m..far_m.
     """
+    near_m, far_m, first, last = ends
     work = np.empty(BLOCK, _f8)
     for start in range(0, levels.size, BLOCK):
         source = levels[start : min(start + BLOCK, levels.size)]
@@ -122,9 +123,9 @@ def depth_of_levels(levels, depth_m, backward, near_m, far_m, sky_level):
             block[j] = max(backward[0] + backward[1] * source[j], 1e-290)
         raise_block(block, backward[2])
         for j in range(block.size):
-            d = min(backward[3] + backward[4] * block[j], far_m)
-            d = d if (source[j] >= 0.5) & (d >= near_m) else np.nan
-            target[j] = np.inf if source[j] > sky_level else d
+            d = max(min(backward[3] + backward[4] * block[j], far_m), near_m)
+            d = d if source[j] >= first else np.nan
+            target[j] = np.inf if source[j] > last else d
 
 
 @jit
@@ -132,7 +133,7 @@ def depth_of_levels(levels, depth_m, backward, near_m, far_m, sky_level):
 def decode_lattice(rgb, unit, depth_m, residual, table, side, backward, ends, limit):
     """Colours [3N] (``unit`` of them is 255) to depth and residual float32 [N].
 
-    ends = (near_m, far_m, sky_level); a squared distance above ``limit`` is unknown. White is sky.
+    ends as in `depth_of_levels`; a squared distance above ``limit`` is unknown. White is sky.
     Returns the largest residual.
     """
     step = 255.0 / (side - 1)
@@ -156,5 +157,5 @@ def decode_lattice(rgb, unit, depth_m, residual, table, side, backward, ends, li
             levels[j] = place * step if distance <= limit else np.nan
             if r >= white and g >= white and b >= white:
                 levels[j] = np.inf
-        depth_of_levels(levels, depth_m[start:stop], backward, ends[0], ends[1], ends[2])
+        depth_of_levels(levels, depth_m[start:stop], backward, ends)
     return np.sqrt(farthest)

@@ -30,10 +30,13 @@ def encode_normals(normals, rgb, signs):
 @jit
 @no_type_check
 def decode_normals(rgb, unit, normals, residual, signs, limit):
-    """Colours [3N] (``unit`` of them is full) to unit normals [3N] and residual [N], float32."""
+    """Colours [3N] (``unit`` of them is full) to unit normals [3N] and residual [N], float32.
+
+    A vector shorter than 1.75 / 255 is what half a byte per channel (sqrt(3) / 255) makes of grey.
+    """
     sx, sy, sz = _f4(signs[0]), _f4(signs[1]), _f4(signs[2])
     scale, one, nan = _f4(2 / unit), _f4(1), _f4(np.nan)
-    dark, half, shortest = _f4(-1 + 1 / 255), _f4(127.5), _f4(1e-3)
+    dark, half, shortest = _f4(-1 + 1 / 255), _f4(127.5), _f4(1.75 / 255)
     most = _f4(limit)
     for i in range(residual.size):
         x = _f4(rgb[3 * i]) * scale - one

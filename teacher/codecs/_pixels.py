@@ -15,8 +15,10 @@ def as_pixels(rgb: np.ndarray, where: str) -> np.ndarray:
         return np.ascontiguousarray(rgb).reshape(-1)
     if not np.issubdtype(rgb.dtype, np.floating):
         raise UsageError(f"{where}: expected uint8 or floats in [0, 1], got {rgb.dtype}")
-    pixels = np.ascontiguousarray(rgb, np.float32).reshape(-1)
-    if pixels.size and np.nanmax(pixels, initial=0.0) > 4:
-        found = f"a maximum of {np.nanmax(pixels):g}"
+    with np.errstate(over="ignore"):  # becomes infinite and is refused
+        pixels = np.ascontiguousarray(rgb, np.float32).reshape(-1)
+    low, high = np.nanmin(pixels, initial=0.0), np.nanmax(pixels, initial=0.0)
+    if low < -4 or high > 4:
+        found = f"a maximum of {high:g}" if high > 4 else f"a minimum of {low:g}"
         raise UsageError(f"{where}: float pictures are 1.0 at full brightness, found {found}")
     return pixels

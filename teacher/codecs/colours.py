@@ -11,14 +11,21 @@ from jaxtyping import UInt8
 from teacher.errors import UsageError
 
 Colour = str | Sequence[int]
+LEVELS = 9  # per channel, of the finest grid that is searched
+MOST = LEVELS**3
 
 
 def parse_colour(colour: Colour) -> tuple[int, int, int]:
     """(r, g, b) of 0..255 from such a tuple, "#80c000", or a CSS name such as "rebeccapurple"."""
     if not isinstance(colour, str):
-        values = tuple(int(v) for v in colour)
-        if len(values) != 3 or values != tuple(colour) or not all(0 <= v <= 255 for v in values):
-            raise UsageError(f"colour {colour!r}: expected three whole numbers in 0..255")
+        try:
+            values = tuple(int(v) for v in colour)
+            good = values == tuple(colour) and all(0 <= v <= 255 for v in values)
+        except (TypeError, ValueError, OverflowError):
+            good, values = False, ()
+        if not good or len(values) != 3:
+            found = f"colour {colour!r}: expected three whole numbers in 0..255"
+            raise UsageError(f"{found}, '#rrggbb' or a CSS colour name")
         return values[0], values[1], values[2]
     from PIL import ImageColor
 
@@ -57,8 +64,15 @@ def spread_colours(n: int, *, keep: Sequence[Colour] = ()) -> UInt8[np.ndarray, 
     if n < 0:
         raise UsageError(f"spread_colours: n must not be negative, got {n}")
     fixed = np.array([parse_colour(c) for c in keep], np.int64).reshape(-1, 3)
+    if n + len(fixed) > MOST:
+        raise UsageError(
+            f"spread_colours: {n + len(fixed)} colours are too many to be told apart, "
+            f"the most is {MOST}; split the classes or instances over several pictures"
+        )
+    if n == 1:
+        return _freest(fixed)[None]
     best, best_distance = np.zeros((n, 3), np.int64), -1.0
-    for levels in range(2, 10):
+    for levels in range(2, LEVELS + 1):
         steps = np.round(np.linspace(0, 255, levels)).astype(np.int64)
         grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
         if len(grid) < n + len(fixed):
@@ -71,6 +85,16 @@ def spread_colours(n: int, *, keep: Sequence[Colour] = ()) -> UInt8[np.ndarray, 
             if found > best_distance + 1e-9:
                 best, best_distance = colours, found
     return best.astype(np.uint8)
+
+
+def _freest(fixed: np.ndarray) -> np.ndarray:
+    """The colour, in steps of 15, farthest from all of ``fixed`` [n, 3]; black if there is none."""
+    steps = np.arange(0, 256, 15)
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+    freedom = np.full(len(grid), np.inf)
+    for colour in fixed:
+        freedom = np.minimum(freedom, ((grid - colour) ** 2).sum(-1))
+    return grid[int(freedom.argmax())].astype(np.uint8)
 
 
 def _greedy(grid: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:

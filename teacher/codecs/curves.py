@@ -107,13 +107,18 @@ class Curve:
 def _points(name: str, order: int) -> np.ndarray:
     if name == "cube-walk":
         return WALK_POINTS
-    return hilbert_cells(np.arange(8**order, dtype=np.uint32), order=order)
+    points = hilbert_cells(np.arange(8**order, dtype=np.uint32), order=order)
+    points.flags.writeable = False
+    return points
 
 
 @cache
 def _table(name: str, order: int) -> np.ndarray:
-    points = _points(name, order).astype(np.int64)
-    side = 2**order
+    points, side = _points(name, order), 2**order
+    at = points[:, 0].astype(np.int32)
+    for axis in (1, 2):
+        at = at * side + points[:, axis]
     table = np.empty(side**3, np.int32)
-    table[(points[:, 0] * side + points[:, 1]) * side + points[:, 2]] = np.arange(side**3)
+    table[at] = np.arange(side**3, dtype=np.int32)
+    table.flags.writeable = False
     return table

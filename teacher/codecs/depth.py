@@ -4,10 +4,11 @@ u = transform(depth) in [0, 1] is a place on a curve of `teacher.codecs.curves`,
 8-bit colour is painted. Decoding takes the nearest point of the curve; the distance to it is the
 residual. What the ends mean:
 
-* unknown (NaN, <= 0 m, nearer than ``near_m``) encodes as black; exact black, and whatever decodes
-  nearer than ``near_m``, is NaN. A known depth is at least one colour step away from black.
+* unknown (NaN, <= 0 m, nearer than ``near_m``) encodes as black; exact black, and what lies more
+  than `DepthCodec.margin` nearer than ``near_m``, is NaN; the rest is at least ``near_m``. A known
+  depth is at least one colour step away from black.
 * sky (+inf, beyond ``far_m``) encodes as white. Decoding: exact white is +inf, and so is what lies
-  more than half a colour step beyond ``far_m``; the rest is at most ``far_m``. On the cube walk,
+  more than the margin beyond ``far_m``; the rest is at most ``far_m``. On the cube walk,
   which ends in white, a *near-white* pixel therefore is sky exactly when it decodes beyond
   ``far_m`` (by default the last 15 of 1785 steps). White lies in the middle of a Hilbert curve, so
   there only exact white is sky and a near-white pixel is a finite depth: for a generator whose sky
@@ -156,16 +157,25 @@ class DepthCodec:
         o, m, p, a, b = self.forward()
         return a + b * (o + m * depth_m) ** p
 
-    def ends(self) -> tuple[float, float, float]:
-        """(near_m, far_m, the level above which is sky)."""
-        last = self.path.length - 1
-        return self._near, self._far, min(self.level(self._far), last) + 0.5
+    @property
+    def margin(self) -> float:
+        """How far, in colour steps, 8 bits move a level: 1/2, or 1.2 where lattice points fall
+        between bytes (orders 3 and 5 to 7), so that ``near_m`` and ``far_m`` survive a round trip.
+        """
+        return 0.5 if self.path.step.is_integer() else 1.2
+
+    def ends(self) -> tuple[float, float, float, float]:
+        """(near_m, far_m, the level below which is unknown, the level above which is sky)."""
+        first = self.level(max(self._near, self.transform.range_m[0])) - self.margin
+        last = min(self.level(self._far) + self.margin, self.path.length - 0.5)
+        return self._near, self._far, max(0.5, first), last
 
     def encode(self, depth_m: Shaped[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n 3"]:
         """Paint depth in metres (any float array) as sRGB bytes."""
         if not np.issubdtype(depth_m.dtype, np.floating):
             raise UsageError(f"DepthCodec.encode: depth must be float metres, got {depth_m.dtype}")
-        flat = np.ascontiguousarray(depth_m, np.float32).reshape(-1)
+        with np.errstate(over="ignore"):  # beyond float32 is beyond far_m
+            flat = np.ascontiguousarray(depth_m, np.float32).reshape(-1)
         rgb = np.empty(3 * flat.size, np.uint8)
         curve, near_m, far_m = self.path, self._near, self._far
         if curve.name == "cube-walk":
@@ -248,11 +258,11 @@ class DepthCodec:
             bound = np.uint16(min(limit, 65535))
             return depth_m, residual, decode_walk(pixels, depth_m, residual, table_m, bound)
         if pixels.dtype == np.uint8 and curve.order == 8:
-            from teacher.codecs._hilbert_kernels import automaton, levels_of_full
+            from teacher.codecs._hilbert_kernels import automaton, decode_full
 
-            levels = np.empty(depth_m.size, np.float64)
-            levels_of_full(pixels, levels, automaton()[0])
-            return self._depth_of(levels), np.zeros(depth_m.size, np.float32), 0.0
+            decode_full(pixels, depth_m, automaton()[0], self.backward(), self.ends())
+            residual.fill(0.0)
+            return depth_m, residual, 0.0
         from teacher.codecs._lattice_kernels import decode_lattice
 
         unit = 255.0 if pixels.dtype == np.uint8 else 1.0
@@ -263,7 +273,7 @@ class DepthCodec:
         from teacher.codecs._lattice_kernels import depth_of_levels
 
         depth_m = np.empty(levels.size, np.float32)
-        depth_of_levels(levels, depth_m, self.backward(), *self.ends())
+        depth_of_levels(levels, depth_m, self.backward(), self.ends())
         return depth_m
 
     def to_json(self) -> dict[str, Any]:
@@ -279,7 +289,7 @@ class DepthCodec:
             transform = dict(stored["transform"])
             kind = TRANSFORMS[transform.pop("kind")]
             return cls(**{**stored, "transform": kind(**transform)})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"DepthCodec.from_json: cannot read {dict(stored)!r} ({error}); expected the keys "
                 f"curve, order, transform {{kind: {' | '.join(TRANSFORMS)}, ...}}, far_m, near_m"

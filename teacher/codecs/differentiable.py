@@ -81,14 +81,13 @@ def decode_depth(
     level, squared = (place * step).reshape(shape), squared.reshape(shape)
     on_curve = squared <= 0
     residual = torch.where(on_curve, squared, torch.where(on_curve, 1.0, squared).sqrt()) * step
-    near_m, far_m, sky_level = codec.ends()
+    near_m, far_m, first, last = codec.ends()
     white = (channels >= 1 - 0.5 / 255).all(0)
-    sky = known & ((level > sky_level) | white)
-    finite = known & ~sky & (level >= 0.5)
+    sky = known & ((level > last) | white)
+    finite = known & ~sky & (level >= first)
     w0, w1, q, d0, d1 = codec.backward()
     safe = torch.where(finite, level, torch.full_like(level, codec.path.length / 2))
-    depth_m = (d0 + d1 * (w0 + w1 * safe) ** q).clamp(max=far_m)
-    finite = finite & (depth_m >= near_m)
+    depth_m = (d0 + d1 * (w0 + w1 * safe) ** q).clamp(near_m, far_m)
     depth_m = torch.where(finite, depth_m, torch.full_like(depth_m, torch.nan))
     depth_m = torch.where(sky, torch.full_like(depth_m, torch.inf), depth_m)
     return depth_m, torch.where(known, residual, torch.full_like(residual, torch.nan))

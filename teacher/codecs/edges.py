@@ -30,7 +30,8 @@ def colour_noise(residual: np.ndarray) -> float:
     side: 1/4 + (2 Phi(m) - 1) / 2 + (1 - exp(-m^2 / 2)) / 4 = 0.8 gives m = 1.31. Where nothing is
     cut off (floats, the inner edges of high orders) this overstates sigma by a factor of 1.37.
     """
-    sample = residual.reshape(-1)[:: max(1, residual.size // SAMPLES)]
+    stride = max(1, residual.size // SAMPLES) | 1  # odd: never one column of a picture only
+    sample = residual.reshape(-1)[::stride]
     sample = sample[~np.isnan(sample)]
     return float(np.quantile(sample, QUANTILE)) / QUANTILE_OF_CLIPPED if sample.size else 0.0
 

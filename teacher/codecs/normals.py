@@ -58,7 +58,7 @@ class NormalCodec:
         return normals * np.array(AXES[self.axes], normals.dtype)
 
     def encode(self, normals: Shaped[np.ndarray, "*n 3"]) -> UInt8[np.ndarray, "*n 3"]:
-        """Paint unit normals of our frame; NaN becomes black."""
+        """Paint unit normals of our frame; NaN becomes black, zero vectors mid grey: unknown."""
         if normals.shape[-1:] != (3,) or not np.issubdtype(normals.dtype, np.floating):
             found = f"{normals.dtype} {normals.shape}"
             raise UsageError(f"NormalCodec.encode: expected floats [..., 3], got {found}")
@@ -75,8 +75,8 @@ class NormalCodec:
         """Read a picture back: (unit normals of our frame, residual 0..255).
 
         The residual is the colour's distance to the sphere of unit normals in 8-bit steps (at most
-        0.9 for what `encode` painted; 93 for black). Exact black, the mid grey that has no
-        direction, NaN and what lies farther than ``max_residual`` become NaN.
+        0.9 for what `encode` painted; 93 for black). Exact black, mid grey (127 or 128, no
+        direction), NaN and what lies farther than ``max_residual`` become NaN.
         """
         pixels = as_pixels(rgb, "NormalCodec.decode")
         from teacher.codecs._normal_kernels import decode_normals

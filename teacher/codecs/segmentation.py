@@ -188,6 +188,11 @@ class InstanceCodec:
     def __post_init__(self) -> None:
         """Refuse thresholds without a meaning."""
         object.__setattr__(self, "background", parse_colour(self.background))
+        found = f"erosion_px={self.erosion_px} max_spread={self.max_spread}"
+        if (self.erosion_px is not None and self.erosion_px < 1) or self.max_spread < 0:
+            raise UsageError(
+                f"InstanceCodec: needs erosion_px >= 1 or None, max_spread >= 0, got {found}"
+            )
         found = f"tau={self.tau} min_area={self.min_area} min_core={self.min_core}"
         if self.tau <= 0 or not 0 <= self.min_area < 1 or not 0 <= self.min_core <= 1:
             raise UsageError(
@@ -206,6 +211,8 @@ class InstanceCodec:
     def encode(self, ids: Integer[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
         """Paint instance ids, 0 the background; colours as far apart as found, in id order."""
         present = np.unique(ids[ids != 0])
+        if present.size and present[0] < 0:
+            raise UsageError(f"InstanceCodec.encode: ids are 0 or more, got {present[0]}")
         table = np.zeros((int(ids.max(initial=0)) + 1, 3), np.uint8)
         table[0] = self.background
         table[present] = spread_colours(present.size, keep=[self.background])
