@@ -168,7 +168,7 @@ def _first_lines(error: BaseException) -> str:
     cause = error.__cause__
     if cause is not None and str(cause) not in str(error):
         lines += [line for line in str(cause).splitlines() if line.strip()]
-    return "\n".join(lines[:8])
+    return "\n".join(lines[:30])
 
 
 def _raise_interrupted(*_: object) -> None:

@@ -1,0 +1,124 @@
+"""Label jobs on engines that schedule elsewhere: schemas of the examples, submitit, Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_jobs import run, same_shards, write_photos
+
+from teacher.store import LabelSet
+
+DOCS = Path(__file__).parents[1] / "docs" / "clusters"
+
+
+def test_the_kubernetes_example_fits_the_schema():
+    import kubernetes_validate
+
+    job = yaml.safe_load((DOCS / "kubernetes.yaml").read_text())
+    kubernetes_validate.validate(job, "1.31", strict=True)
+    assert job["spec"]["completionMode"] == "Indexed"
+    [command] = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert f"shard.count={job['spec']['completions']}" in command
+    job["spec"]["completionMod"] = job["spec"].pop("completionMode")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.31", strict=True)
+
+
+def test_the_skypilot_example_has_only_documented_fields():
+    task = yaml.safe_load((DOCS / "skypilot.yaml").read_text())
+    documented = (
+        "name workdir num_nodes resources envs secrets volumes file_mounts setup run".split()
+    )
+    assert set(task) <= set(documented)
+    assert {"RANK", "COUNT"} <= set(task["envs"])
+
+
+@pytest.fixture
+def path_with_distill(monkeypatch):
+    """`distill` and this folder's teachers are found by child processes."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("path_with_distill")
+def test_the_slurm_example_runs_on_submitit_s_local_executor(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASKS", "2")
+    photos = write_photos(tmp_path / "photos")
+    options = ["teacher=own", "teacher.name=test_jobs:PlaneTeacher", "max_side=40"]
+    options += ["shard_size=2", "batch_size=2", f"images={photos}", f"out={tmp_path / 'set'}"]
+    command = [sys.executable, str(DOCS / "slurm.py"), "--local", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run(photos, tmp_path / "one", shard_size=2, batch_size=2)
+    same_shards(tmp_path / "one", tmp_path / "set")
+
+
+def ray_job(photos: Path, out: Path, *, pause_s: float) -> list[str]:
+    options = {
+        "teacher": {"name": "test_jobs:PlaneTeacher", "pause_s": pause_s},
+        "images": str(photos),
+        "out": str(out),
+        "tasks": ["depth", "normals"],
+        "max_side": 40,
+        "shard_size": 2,
+        "batch_size": 2,
+        "keep_pictures": True,
+        "threads": 1,
+        "engine": "ray",
+        "workers": 2,
+    }
+    code = (
+        "import ray; ray.init(num_cpus=4, log_to_driver=False, include_dashboard=False,"
+        " object_store_memory=100_000_000)\n"
+        f"from teacher.jobs.run import label; print(label(**{options!r})['summary'])"
+    )
+    return [sys.executable, "-W", "ignore", "-c", code]
+
+
+def actor_pids() -> list[int]:
+    found = subprocess.run(["pgrep", "-f", "ray::.*ShardActor"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def wait_for(condition, *, what: str, job: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None, f"the job ended before {what}: {job.communicate()}"
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("path_with_distill")
+@pytest.mark.parametrize("victim", ["actor", "driver"])
+def test_ray_survives_kill_9_of_an_actor_and_of_the_driver(tmp_path, victim):
+    photos = write_photos(tmp_path / "photos", n=16)
+    out = tmp_path / "set"
+    command = ray_job(photos, out, pause_s=0.5)
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        wait_for(lambda: list(out.glob("shard-*.json")), what="first seal", job=job)
+        if victim == "actor":
+            wait_for(actor_pids, what="actor", job=job)
+            os.kill(actor_pids()[0], signal.SIGKILL)
+            text = job.communicate(timeout=300)[0]
+            assert job.returncode == 0, text
+        else:
+            job.kill()
+            job.communicate(timeout=60)
+            time.sleep(5)  # Ray's processes notice that their driver is gone
+            done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+            assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        subprocess.run(["pkill", "-9", "-f", "ray::|raylet|gcs_server"], check=False)
+    run(photos, tmp_path / "one", shard_size=2, batch_size=2)
+    same_shards(tmp_path / "one", out)
+    assert LabelSet(out).verify() == 16
