@@ -39,6 +39,8 @@ class Window:
         factor: sample pixels per source pixel, the same on both axes.
         height: of the sample [px].
         width: of the sample [px].
+        hidden: rows at top and bottom each, and columns at left and right each, that show no
+            source: what a letterboxed picture of another aspect looks like.
     """
 
     left: float
@@ -46,12 +48,21 @@ class Window:
     factor: float
     height: int
     width: int
+    hidden: tuple[int, int] = (0, 0)
 
-    def span(self, size: int, start: float, out: int) -> tuple[int, int]:
-        """First and last + 1 output index whose whole pixel lies inside a source of ``size``."""
-        first = max(0, math.ceil(-start * self.factor - 1e-6))
-        last = min(out, math.floor((size - start) * self.factor + 1e-6))
+    def span(self, size: int, start: float, out: int, hidden: int = 0) -> tuple[int, int]:
+        """First and last + 1 shown index whose whole pixel lies inside a source of ``size``."""
+        first = max(hidden, math.ceil(-start * self.factor - 1e-6))
+        last = min(out - hidden, math.floor((size - start) * self.factor + 1e-6))
         return first, max(first, last)
+
+    def with_grey(self, sample: np.ndarray, source: tuple[int, int]) -> np.ndarray:
+        """A sample's image with its border as `image` left it, whatever changed the light."""
+        (x0, x1), (y0, y1) = self._spans(*source)
+        out = np.empty_like(sample)
+        out[:] = GREY
+        out[y0:y1, x0:x1] = sample[y0:y1, x0:x1]
+        return out
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """uint8 [h, w, 3] -> uint8 [height, width, 3], averaged where it shrinks."""
@@ -84,7 +95,11 @@ class Window:
         return out
 
     def _spans(self, h: int, w: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        return self.span(w, self.left, self.width), self.span(h, self.top, self.height)
+        rows, columns = self.hidden
+        return (
+            self.span(w, self.left, self.width, columns),
+            self.span(h, self.top, self.height, rows),
+        )
 
     def camera(self, camera: Camera) -> Camera:
         """The camera of the sample."""
@@ -115,8 +130,9 @@ def random_window(
 ) -> Window:
     """A random crop or a part-letterbox: factor between fitting and filling, then a zoom.
 
-    Three in ten samples are not zoomed, a quarter of the others may keep a grey border, so that
-    the student also knows whole pictures of another aspect.
+    Three in ten samples are not zoomed, a quarter may keep a grey border where the aspects differ,
+    and a fifth get the border of a taller or wider picture: `distill predict` letterboxes, and a
+    student of pictures of its own aspect would meet its first border there.
     """
     fit = min(target[0] / source[0], target[1] / source[1])
     fill = max(target[0] / source[0], target[1] / source[1])
@@ -125,7 +141,13 @@ def random_window(
         factor *= MAX_ZOOM ** rng.uniform()
     slack = [s - t / factor for s, t in zip(source, target, strict=True)]
     top, left = (rng.uniform(min(0.0, s), max(0.0, s)) for s in slack)
-    return Window(left=left, top=top, factor=factor, height=target[0], width=target[1])
+    hidden = (0, 0)
+    if rng.uniform() < 0.2:  # up to 9:16 or 2:1 in a 4:3 frame
+        rows, columns = int(rng.uniform(0, 0.17) * target[0]), int(rng.uniform(0, 0.3) * target[1])
+        hidden = (0, columns) if rng.uniform() < 0.7 else (rows, 0)
+    return Window(
+        left=left, top=top, factor=factor, height=target[0], width=target[1], hidden=hidden
+    )
 
 
 def photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:

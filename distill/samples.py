@@ -77,10 +77,10 @@ def make_sample(
     window = letterbox(source, target) if plain else random_window(rng, source, target)  # type: ignore[arg-type]
     mirror = not plain and rng.uniform() < 0.5  # type: ignore[union-attr]
     image = window.image(record.image)
+    if not plain and mode == "strong":
+        image = window.with_grey(photometric(rng, image), source)  # type: ignore[arg-type]
     if mirror:
         image = image[:, ::-1]
-    if not plain and mode == "strong":
-        image = photometric(rng, image)  # type: ignore[arg-type]
     camera = window.camera(record.camera)
     camera = camera.mirrored() if mirror else camera
     focal_px = float(np.sqrt(camera.fx * camera.fy))

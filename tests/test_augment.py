@@ -130,6 +130,24 @@ def test_random_windows_cover_zoom_and_border_but_never_leave_the_picture():
             assert 0 <= w.top <= 60 - 64 / w.factor + 1e-9
 
 
+def test_pictures_of_the_target_aspect_also_meet_the_borders_of_predict():
+    rng = np.random.default_rng(4)
+    windows = [random_window(rng, (48, 64), (96, 128)) for _ in range(400)]
+    shown = np.array([w.labels(np.ones((48, 64)), np.nan) for w in windows]) == 1
+    bordered = ~shown.all((1, 2))
+    assert 0.1 < bordered.mean() < 0.3
+    tall = Letterbox.fit((400, 300), (96, 128)).inside().mean()  # a phone held upright
+    assert shown.mean((1, 2)).min() < tall
+    for w, s in zip(windows, shown, strict=True):
+        rows, columns = w.hidden
+        inside = np.zeros((96, 128), bool)
+        inside[rows : 96 - rows, columns : 128 - columns] = True
+        assert (s == inside).all()
+        image = w.image(np.full((48, 64, 3), 200, np.uint8))
+        assert ((image == GREY).all(-1) == ~inside).all()
+        assert (w.with_grey(image // 2, (48, 64)) == np.where(s[..., None], 100, GREY)).all()
+
+
 def test_photometric_changes_light_only_and_follows_its_generator():
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     runs = [photometric(sample_rng("k", v), image) for v in range(30)]
