@@ -56,6 +56,13 @@ def split_keys(keys: Sequence[str], share: float) -> tuple[list[str], list[str]]
     return [k for k in distinct if k not in held], [k for k in distinct if k in held]
 
 
+def spread_keys(held: Sequence[str], most: int) -> list[str]:
+    """At most so many of the keys, evenly over all sets: those with the lowest hashes."""
+    lowest = sorted(held, key=lambda k: hashlib.sha256(k.encode()).digest())[:most]
+    kept = set(lowest)
+    return [k for k in held if k in kept]
+
+
 def merged_classes(sets: Sequence[Labels]) -> dict[int, str]:
     """The union of the class tables; one id with two names is refused."""
     table: dict[int, str] = {}
@@ -81,7 +88,7 @@ def schedule(
     draws = sample_rng("sets", seed).random(count)
     edges = np.cumsum(share / share.sum())
     chosen = np.searchsorted(edges, draws, side="right").clip(max=len(sizes) - 1)
-    plan = np.zeros((count, 3), np.int64)
+    plan = np.zeros((count, 3), np.int32)
     plan[:, 0] = chosen
     for s, size in enumerate(sizes):
         places = np.flatnonzero(chosen == s)
@@ -130,7 +137,7 @@ class DataModule:
         self.sets, self.frame, self.seed, self.augment = list(sets), frame, seed, augment
         self.batch_size, self.threads = batch_size, max(1, threads)
         train, held = split_keys([k for s in sets for k in s.keys], val_share)
-        train_keys, held_keys = set(train), held[:val_max]
+        train_keys, held_keys = set(train), spread_keys(held, val_max)
         self.train = [[k for k in s.keys if k in train_keys] for s in sets]
         owner = {k: i for i, s in reversed(list(enumerate(sets))) for k in s.keys}
         self.val = [(owner[k], k) for k in held_keys]
@@ -176,7 +183,7 @@ class DataModule:
         """Batches of the steps ``start`` to ``steps``; the same whatever came before."""
         sizes = [len(keys) for keys in self.train]
         plan = schedule(sizes, self.weights, count=steps * self.batch_size, seed=self.seed)
-        jobs = [tuple(int(v) for v in row) for row in plan[start * self.batch_size :]]
+        jobs = plan[start * self.batch_size :]
         return Batches(self._train_sample, jobs, self.batch_size, self.threads)
 
     def val_batches(self) -> Batches:
@@ -187,8 +194,13 @@ class DataModule:
 class Batches:
     """An iterable of collated batches, made ahead of time by threads, always in order."""
 
-    def __init__(self, make: Any, jobs: Sequence[tuple], batch_size: int, threads: int) -> None:
-        """``make(*job)`` gives one sample; an exception in it is raised in its turn."""
+    def __init__(
+        self, make: Any, jobs: Sequence[tuple] | np.ndarray, batch_size: int, threads: int
+    ) -> None:
+        """``make(*job)`` gives one sample; an exception in it is raised in its turn.
+
+        An array of whole numbers, a row a job, is taken as it is: a long lesson has millions.
+        """
         self.make, self.jobs = make, jobs
         self.batch_size, self.threads = batch_size, threads
 
@@ -208,6 +220,7 @@ class Batches:
                     if at is None:
                         break
                     chunk = self.jobs[at : at + self.batch_size]
+                    chunk = chunk.tolist() if isinstance(chunk, np.ndarray) else chunk
                     waiting.append([pool.submit(self.make, *job) for job in chunk])
                 if not waiting:
                     return

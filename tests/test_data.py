@@ -5,6 +5,7 @@ import pytest
 import torch
 from analytic_scenes import CLASSES, analytic_label
 
+from distill.augment import GREY
 from distill.data import DataModule, in_validation, merged_classes, schedule, split_keys
 from distill.samples import Frame, compact, make_sample
 from teacher.errors import UsageError
@@ -134,6 +135,28 @@ def test_the_same_image_in_two_sets_stays_on_one_side(scenes):
     assert held and not trained & held and len(trained | held) == 30
     images = sum(batch["image"].shape[0] for batch in data.val_batches())
     assert images == len(held)
+
+
+def test_a_bounded_validation_still_sees_every_set(scenes):
+    other = InMemory([analytic_label(seed) for seed in range(100, 120)])
+    data = DataModule([scenes, other], frame=FRAME, val_share=0.5, val_max=8)
+    assert len(data.val) == 8 and {index for index, _ in data.val} == {0, 1}
+
+
+def test_borders_stay_grey_whatever_the_light():
+    label = analytic_label(1)
+    found = 0
+    for seed in range(40):
+        sample = make_sample(
+            compact(label, ("depth",)),
+            dataclasses.replace(FRAME, tasks=("depth",)),
+            rng=np.random.default_rng(seed),
+            mode="strong",
+        )
+        grey = np.abs(sample["image"] * 255 - np.array(GREY)[:, None, None]).max(0) < 0.01
+        sides = [grey[:, 0].all() and grey[:, -1].all(), grey[0].all() and grey[-1].all()]
+        found += any(sides)
+    assert 3 < found < 20
 
 
 def test_an_unreadable_sample_is_raised_in_its_turn(scenes):
