@@ -118,6 +118,8 @@ def summarise(label: Label) -> dict[str, Any]:
     row: dict[str, Any] = {"height": label.image.shape[0], "width": label.image.shape[1]}
     for task, values in label.values.items():
         row[f"{task}_coverage"] = round(coverage(task, values), 6)
+        if "mean_residual" in label.provenance.get(str(task), {}):
+            row[f"{task}_residual"] = label.provenance[str(task)]["mean_residual"]
     for task, values in label.uncertainty.items():
         known = values[np.isfinite(values)]
         row[f"{task}_uncertainty"] = round(float(known.mean()), 6) if known.size else None

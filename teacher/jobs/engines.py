@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from teacher.errors import EnvironmentFailure, UsageError
@@ -98,8 +99,11 @@ def to_label(item: Prepared, answers: dict[Task, Answer], tasks: Sequence[Task])
         label.values[task] = answer.values
         if answer.uncertainty is not None:
             label.uncertainty[task] = answer.uncertainty
-        if answer.extras:
-            provenance[str(task)] = answer.extras
+        extras = dict(answer.extras)
+        if answer.residual is not None and np.isfinite(answer.residual).any():
+            extras["mean_residual"] = round(float(np.nanmean(answer.residual)), 4)
+        if extras:
+            provenance[str(task)] = extras
         if answer.picture is not None:
             label.pictures[task] = answer.picture
     return label

@@ -15,6 +15,7 @@ from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators import Teacher, load_teacher
 from teacher.jobs.commit import replace_atomically
 from teacher.jobs.engines import Tally, Worker
+from teacher.jobs.licences import for_label_job, refuse
 from teacher.jobs.plan import Plan, make_plan
 from teacher.jobs.processes import Recipe, run_processes
 from teacher.jobs.sources import open_source
@@ -39,6 +40,7 @@ def label(
     engine: str = "local",
     workers: int = 1,
     shard: dict[str, int] | None = None,
+    licence: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Label every image of a source; started again, it does only what is missing.
 
@@ -58,6 +60,8 @@ def label(
         workers: processes on this machine, or at most so many Ray actors; one GPU each.
         shard: ``index`` of ``count`` array tasks (SLURM, Kubernetes, SkyPilot): this task takes the
             shards whose number leaves ``index`` when divided by ``count``.
+        licence: ``images``, the licence of the images; ``refuse``, terms that stop the job, such as
+            ``non-commercial`` (`teacher.jobs.licences`).
     """
     sizes = {"shard_size": shard_size, "batch_size": batch_size, "workers": workers}
     for name, value in sizes.items():
@@ -73,8 +77,13 @@ def label(
     side = min((s for s in (max_side, own_side) if s is not None), default=None)
     facts = {"teacher": oracle.describe(), "tasks": [str(t) for t in wanted], "max_side": side}
     facts["keep_pictures"] = keep_pictures
+    asked = licence or {}
+    ledger = for_label_job(
+        oracle.describe(), images=images, images_licence=asked.get("images"), source=source
+    )
+    refuse(ledger, asked.get("refuse", []), what=f"label set {out}")
     plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=facts)
-    folder = open_folder(out, dataset_of(plan, oracle))
+    folder = open_folder(out, dataset_of(plan, oracle) | {"licences": ledger})
     done = sealed_shards(folder)
     todo = [n for n in range(index, plan.shards, count) if n not in done]
     recipe = Recipe(
