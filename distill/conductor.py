@@ -21,6 +21,7 @@ from student.checkpoint import save_student
 
 STUDENT, STATE = "student.safetensors", "state.safetensors"
 FLUSH_EVERY = 20  # steps
+CHECKPOINT_S = 180.0  # on a slow machine no kill costs more than that
 
 
 class Stopped(BaseException):
@@ -48,6 +49,7 @@ class Conductor(L.Callback):
     def __enter__(self) -> Conductor:
         """Open logs and the progress bar."""
         self.started, self.show_next_s = time.monotonic(), 0.0
+        self.saved = self.started
         self.journal = Journal(self.folder, step=self.lesson.step_number)
         self.bar = tqdm(
             total=100, desc="train", bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}"
@@ -84,7 +86,8 @@ class Conductor(L.Callback):
         self._show()
         if lesson.step_number % config.val_every == 0 and not over and not self.signal:
             self._validate()
-        if lesson.step_number % config.checkpoint_every == 0 or self.signal:
+        due = time.monotonic() - self.saved >= CHECKPOINT_S
+        if lesson.step_number % config.checkpoint_every == 0 or due or over or self.signal:
             self.checkpoint(trainer.optimizers[0])
         elif lesson.step_number % FLUSH_EVERY == 0:
             self.journal.flush()
@@ -120,6 +123,7 @@ class Conductor(L.Callback):
         self.journal.flush()
         save_state(self.lesson, optimizer, self.folder / STATE)
         self.save_student()
+        self.saved = time.monotonic()
 
     def save_student(self) -> None:
         """The moving average as ``student.safetensors``."""

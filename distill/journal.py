@@ -15,6 +15,7 @@ from distill.data import DataModule
 from distill.losses import all_losses
 from distill.module import Lesson
 from distill.pictures import comparison
+from student.checkpoint import write_atomic
 from teacher import metrics
 
 STEPS, VALIDATIONS, PICTURE = "metrics.csv", "validation.csv", "validation.png"
@@ -86,7 +87,8 @@ def _drop_after(path: Path, step: int) -> None:
         return
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines[1:] if _step_of(line) <= step]
-    path.write_text("".join(lines[:1] + kept) if lines and lines[0].endswith("\n") else "")
+    text = "".join(lines[:1] + kept) if lines and lines[0].endswith("\n") else ""
+    write_atomic(path, text.encode())
 
 
 def _step_of(line: str) -> float:

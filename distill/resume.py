@@ -7,7 +7,11 @@ parts always belong together.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,33 @@ from student.checkpoint import write_atomic
 from teacher.errors import UsageError
 
 FORMAT = "dense-distill lesson 1"
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Be the only lesson in a run's folder; half-written files of a killed one are removed.
+
+    The lock is on the folder itself, so it leaves no file and dies with its process. Where the file
+    system cannot lock, nothing is refused.
+
+    Raises:
+        UsageError: another process trains there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"out={folder}: another process trains there right now. Wait for it, stop it, "
+                    "or choose another out=."
+                ) from None
+            for litter in folder.glob(".*.tmp"):
+                litter.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_state(lesson: Lesson, optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -25,13 +25,14 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from tqdm import tqdm
 
-from distill.conductor import STATE, Conductor
+from distill.conductor import STATE, STUDENT, Conductor
 from distill.data import DataModule, merged_classes
 from distill.module import Lesson, TrainerConfig, trainer_config
-from distill.resume import load_state
+from distill.resume import alone_in, load_state
 from distill.samples import Frame
 from student.checkpoint import write_atomic
 from student.model import Student
+from teacher.cores import usable_cores
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.jobs.licences import of_student, refuse
 from teacher.jobs.selection import apply_selections
@@ -79,6 +80,7 @@ def train(
     files = [selection] if isinstance(selection, str) else list(selection or ())
     for labels, keys in zip(sets, apply_selections(files, sets), strict=True):
         labels.keys = keys
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # in a small container
     torch.manual_seed(config.seed)
     model = _build(student, sets)
     identity = {
@@ -96,6 +98,11 @@ def train(
     refuse(of_student(ancestors), (licence or {}).get("refuse", []), what=f"student {out}")
     folder, finished = _open_run(out, identity)
     if finished:
+        if not (folder / STUDENT).is_file():
+            raise UsageError(
+                f"{folder}: {RUN} says that this run is finished, but {STUDENT} is gone. Put it "
+                "back, or delete that folder to train anew."
+            )
         done = (
             f"{folder}: already trained ({finished['summary']}); choose another out= to train anew"
         )
@@ -119,10 +126,11 @@ def train(
         augment=config.augment,
         threads=config.threads,
     )
-    result = _teach(Lesson(model, config), lessons, folder, identity)
-    document = {"format": FORMAT, **identity, "result": result}
-    write_atomic(folder / RUN, json.dumps(document, indent=1, sort_keys=True).encode())
-    (folder / STATE).unlink(missing_ok=True)
+    with alone_in(folder):
+        result = _teach(Lesson(model, config), lessons, folder, identity)
+        document = {"format": FORMAT, **identity, "result": result}
+        write_atomic(folder / RUN, json.dumps(document, indent=1, sort_keys=True).encode())
+        (folder / STATE).unlink(missing_ok=True)
     return result
 
 

@@ -21,6 +21,7 @@ from export.artefact import (
     card_from_metadata,
     expected_shape,
 )
+from teacher.cores import usable_cores
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.store import hash_file
 
@@ -51,14 +52,6 @@ class Runtime(Protocol):
         ...
 
 
-def default_threads() -> int:
-    """The cores this process may use, not those the machine has; OMP_NUM_THREADS overrules."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def open_runtime(
     path: str | os.PathLike[str], *, provider: str = "cpu", threads: int | None = None
 ) -> Runtime:
@@ -67,13 +60,13 @@ def open_runtime(
     Args:
         path: ``.onnx`` or ``.safetensors``.
         provider: where an ``.onnx`` must run: `PROVIDERS`. If it cannot, that is an error.
-        threads: CPU threads; None takes `default_threads`.
+        threads: CPU threads; None: `teacher.cores.usable_cores`.
 
     Raises:
         ArtefactError: not ours, damaged, or unsafe. EnvironmentFailure: the provider cannot run.
     """
     file = Path(path)
-    threads = default_threads() if threads is None else threads
+    threads = usable_cores() if threads is None else threads
     if threads < 1:
         raise UsageError(f"threads={threads}: expected at least 1.")
     if provider not in PROVIDERS:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from analytic_scenes import write_analytic_set
 
-from distill import module
+from distill import conductor, module
 from distill.conductor import Stopped
 from distill.journal import Journal
 from distill.module import Diverged, lr_factor, trainer_config
+from distill.resume import alone_in
 from distill.train import train
 from student.checkpoint import load_student
 from teacher.errors import UsageError
@@ -136,6 +137,49 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(
         file.write("8,0.5")  # a torn line
     train(data=str(labels), out=str(out), student=STUDENT, trainer=TRAINER)
     assert largest_difference(whole_run[0], out) <= 1e-6
+
+
+def test_a_crash_in_the_last_validation_repeats_no_step(whole_run, labels, tmp_path, monkeypatch):
+    out, real = tmp_path / "run", conductor.validate
+
+    def crash(lesson: module.Lesson, data: object) -> tuple:
+        if lesson.step_number == 11:
+            raise MemoryError("as if killed")
+        return real(lesson, data)
+
+    monkeypatch.setattr(conductor, "validate", crash)
+    trainer = {**TRAINER, "steps": 11}
+    with pytest.raises(MemoryError):
+        train(data=str(labels), out=str(out), student=STUDENT, trainer=trainer)
+    monkeypatch.setattr(conductor, "validate", real)
+    monkeypatch.setattr(module.Lesson, "training_step", None)
+    assert train(data=str(labels), out=str(out), student=STUDENT, trainer=trainer)["steps"] == 11
+    (out / "student.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"finished, but student\.safetensors is gone"):
+        train(data=str(labels), out=str(out), student=STUDENT, trainer=trainer)
+
+
+def test_two_lessons_in_one_folder_are_refused_and_litter_goes(labels, tmp_path):
+    out = tmp_path / "run"
+    trainer = {**TRAINER, "steps": 1}
+    arguments = {"data": str(labels), "out": str(out), "student": STUDENT, "trainer": trainer}
+    out.mkdir()
+    (out / ".state.safetensors.x.tmp").write_bytes(b"killed while writing")
+    with alone_in(out), pytest.raises(UsageError, match="another process trains there"):
+        train(**arguments)
+    assert train(**arguments)["steps"] == 1
+    assert not list(out.glob(".*"))
+
+
+def test_a_slow_machine_is_saved_by_the_clock(labels, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(conductor, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(
+        conductor, "save_state", lambda lesson, *_: saved.append(lesson.step_number)
+    )
+    trainer = {**TRAINER, "steps": 3, "checkpoint_every": 500}
+    train(data=str(labels), out=str(tmp_path / "run"), student=STUDENT, trainer=trainer)
+    assert saved == [1, 2, 3]
 
 
 @pytest.mark.slow
