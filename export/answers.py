@@ -39,7 +39,7 @@ def save_inputs(labels: LabelSet, keys: Sequence[str], card: Card, folder: Path)
     for key in tqdm(keys, desc="images", unit="img", disable=None, leave=False):
         label = labels[key]
         box = Letterbox.fit(label.image.shape[:2], (card.height, card.width))
-        focal_px = np.float32(label.camera.fx * box.factor)
+        focal_px = np.float32(box.focal_px(label.camera.fx, label.camera.fy))
         np.savez(target / f"{key}.npz", image=box.apply(label.image), focal_px=focal_px)
 
 
@@ -131,17 +131,22 @@ def _save(target: Path, keys: Sequence[str], answers: Answers) -> None:
         np.savez(target / f"{key}.npz", **{n: a[i] for n, a in (answers | extra).items()})
 
 
-def dark_images(folder: Path, keys: Sequence[str]) -> np.ndarray:
-    """What cameras also see: a covered lens, a blown-out frame, and a real scene at night."""
-    real = load(folder, INPUTS, keys[0])["image"]
-    return np.stack([np.zeros_like(real), np.full_like(real, 255), (real * 0.1).astype(np.uint8)])
+def dark_images(folder: Path, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """What cameras also see: a covered lens, a blown-out frame, and a real scene at night.
+
+    With the first image's focal length: artefacts may be exported with other recorded cameras.
+    """
+    first = load(folder, INPUTS, keys[0])
+    real = first["image"]
+    images = [np.zeros_like(real), np.full_like(real, 255), (real * 0.1).astype(np.uint8)]
+    return np.stack(images), np.full(len(images), first["focal_px"], np.float32)
 
 
 DARK_KEYS = ("covered-lens", "blown-out", "night")
 
 
 def _save_dark(runtime: Runtime, keys: Sequence[str], folder: Path, target: Path) -> list[str]:
-    _save(target, DARK_KEYS, runtime(dark_images(folder, keys)))
+    _save(target, DARK_KEYS, runtime(*dark_images(folder, keys)))
     return list(DARK_KEYS)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from export.answers import DARK_KEYS, load
 from export.letterbox import Letterbox, to_label_space
-from export.parity import TASK_OF, TIE, UNITS, measures, summarise
+from export.parity import MEASURES, TASK_OF, TIE, UNITS, measures, summarise
 from teacher.errors import UsageError
 from teacher.label import Label, Task
 from teacher.score import score
@@ -190,6 +190,12 @@ class Judge:
                     f"budgets: no parity for output {output} under {task}.{run['precision']}; "
                     f"write it into conf/task/{task}.yaml."
                 )
+            known = [*MEASURES, "consistency"] if output != "semantic" else ["mean", "consistency"]
+            if strange := sorted(set(table[output]) - set(known)):
+                raise UsageError(
+                    f"budgets: {task}.{run['precision']}.parity.{output} has {strange}, expected "
+                    f"{known}; what is misspelt would not be checked."
+                )
             for measure, limit in table[output].items():
                 seen: dict[str, tuple[float, str]] = {}
                 if measure == "consistency":
@@ -224,6 +230,11 @@ class Judge:
         for reference, report in found.items():
             for task in self.tasks:
                 for metric, limit in self.limits(task, run["precision"], "loss").items():
+                    if not _is_measured(report, metric):
+                        raise UsageError(
+                            f"budgets: {task}.{run['precision']}.loss.{metric}: the ruler has no "
+                            "such number (teacher.score); what is misspelt would not be checked."
+                        )
                     ours, theirs = lookup(report, metric), lookup(student[reference], metric)
                     if theirs is None:
                         continue
@@ -264,6 +275,15 @@ def _resampled(label: Label, size: tuple[int, int]) -> dict[Any, np.ndarray]:
         for n, m in zip(size, label.image.shape[:2], strict=True)
     ]
     return {t: a[index[0][:, None], index[1][None, :]] for t, a in label.values.items()}
+
+
+def _is_measured(report: Mapping[str, Any], metric: str) -> bool:
+    """Whether a number exists in the ruler; a task that the reference lacks says nothing."""
+    block, _, number = metric.partition(".")
+    parts = [report[part][block] for part in ("mean", "set") if block in report[part]]
+    if not parts:
+        return block in ("sky", *Task)
+    return any(number in part for part in parts)
 
 
 def _finite(value: float | None) -> float:

@@ -8,6 +8,7 @@ Needs NumPy and Pillow only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,6 +53,10 @@ class Letterbox:
             offset=offset,
             start=(start[0], start[1]),
         )
+
+    def focal_px(self, fx: float, fy: float) -> float:
+        """The target's one focal length: that of a source camera (geometric mean), scaled."""
+        return math.sqrt(fx * fy) * self.factor
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """uint8 [h, w, 3] of the source size -> uint8 [H, W, 3] of the target size."""

@@ -25,7 +25,7 @@ from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
 from teacher.store import LabelSet, hash_file
 
-ANSWERS, REPORT = "answers", "report.json"
+ANSWERS, TEACHER, REPORT = "answers", "teacher", "report.json"
 
 
 def default_budgets() -> dict[str, Any]:
@@ -92,7 +92,8 @@ def verify(
     keys = spread(held_out.keys, limit)
     if not keys:
         raise UsageError(f"labels={labels}: no labelled image in it.")
-    answers.mkdir(parents=True, exist_ok=True)
+    _open_folder(folder)
+    answers.mkdir(exist_ok=True)
     names = [REFERENCE, *(p.name for p in artefacts)]
     if rerun:
         with open_runtime(source / REFERENCE, threads=threads) as runtime:
@@ -135,6 +136,20 @@ def verify(
         "findings": result["findings"],
         "scores": {n: _headline(s) for n, s in result["scores"].items()},
     }
+
+
+def _open_folder(folder: Path) -> None:
+    """Create the report's folder or accept an earlier report's; nothing else is written into."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"out={folder}: found a file, expected a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {ANSWERS, TEACHER, REPORT, "report.md", "report.html"}
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in own and p.name[0] != ".")
+    if strangers:
+        raise UsageError(
+            f"out={folder}: found {', '.join(strangers[:3])}, expected a new or empty folder or an "
+            "earlier report. Choose another out=."
+        )
 
 
 def spread(keys: Sequence[str], limit: int | None) -> list[str]:
@@ -206,6 +221,8 @@ def find_references(
         references.append(Reference("teacher", ask(teacher, held_out, keys, folder), keys))
     if given["truth"] is not None:
         references.append(Reference("truth", LabelSet(str(truth)), keys))
+    for reference in references[1:]:  # the first one, held_out, is verified
+        reference.labels.verify()
     return sorted(references, key=lambda ref: ref.name)
 
 
@@ -216,7 +233,7 @@ def ask(teacher: dict[str, Any], held_out: LabelSet, keys: Sequence[str], folder
     label(
         teacher=teacher,
         images=str(held_out.path),
-        out=str(folder / "teacher"),
+        out=str(folder / TEACHER),
         tasks=[str(t) for t in held_out.tasks],
         max_side=None,
         shard_size=64,
@@ -224,7 +241,7 @@ def ask(teacher: dict[str, Any], held_out: LabelSet, keys: Sequence[str], folder
         keep_pictures=False,
         threads=2,
     )
-    return LabelSet(folder / "teacher")
+    return LabelSet(folder / TEACHER)
 
 
 def judge_all(
@@ -294,38 +311,20 @@ def judge_all(
 def integrity(runs: Mapping[str, dict[str, Any]], expected: Mapping[str, str]) -> list[Finding]:
     """Files that do not run, were changed after the export, or belong to another student."""
     findings = []
+
+    def refuse(name: str, measure: str, found: str, budget: str) -> None:
+        findings.append(
+            Finding(artefact=name, task="every task", measure=measure, found=found, budget=budget)
+        )
+
+    student = runs[REFERENCE]["sha256"]
     for name, run in runs.items():
         if "error" in run:
-            findings.append(
-                Finding(
-                    artefact=name,
-                    task="every task",
-                    measure="runs",
-                    found=run["error"],
-                    budget="yes",
-                )
-            )
+            refuse(name, "runs", run["error"], "yes")
         if expected.get(name, run["sha256"]) != run["sha256"]:
-            findings.append(
-                Finding(
-                    artefact=name,
-                    task="every task",
-                    measure="sha256",
-                    found=run["sha256"],
-                    budget=expected[name],
-                )
-            )
-        student = runs[REFERENCE]["sha256"]
+            refuse(name, "sha256", run["sha256"], expected[name])
         if name != REFERENCE and run.get("student_sha256", student) != student:
-            findings.append(
-                Finding(
-                    artefact=name,
-                    task="every task",
-                    measure="sha256 of its student",
-                    found=run["student_sha256"],
-                    budget=student,
-                )
-            )
+            refuse(name, "sha256 of its student", run["student_sha256"], student)
     return findings
 
 

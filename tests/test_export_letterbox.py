@@ -77,3 +77,8 @@ def test_wrong_shapes_are_named():
         box.apply(np.zeros((50, 99, 3), np.uint8))
     with pytest.raises(ValueError, match=r"found \(64, 81\)"):
         box.back(np.zeros((64, 81)))
+
+
+def test_focal_length_is_the_geometric_mean_as_in_training():
+    box = Letterbox.fit((100, 200), (50, 100))
+    assert box.focal_px(80.0, 125.0) == pytest.approx(50)  # sqrt(80 * 125) = 100, halved

@@ -122,7 +122,7 @@ def swapped_classes(model):
 
 
 def unsure_sky(model):
-    after(model, "sky", "Mul", constant(model, "k", np.float32(0.97)))
+    after(model, "sky", "Mul", constant(model, "k", np.float32(0.9)))
 
 
 def wrong_when_two(model):
@@ -268,6 +268,48 @@ def test_an_output_without_a_budget_is_an_error_and_no_pass(work, passed):
             rerun=False,
             budgets=budgets,
         )
+
+
+@pytest.mark.parametrize(
+    "part, name", [("parity", "depth"), ("loss", "depth.detla1"), ("loss", "dept.delta1")]
+)
+def test_a_misspelt_budget_is_an_error_and_no_pass(work, passed, part, name):
+    budgets = default_budgets()
+    table = budgets["depth"]["fp32"][part]
+    table[name] = {**table[name], "p99": 1.0} if part == "parity" else 1.0
+    with pytest.raises(UsageError, match=r"misspelt would not be checked"):
+        verify(
+            export=str(work / "export"),
+            labels=str(work / "labels"),
+            truth=str(work / "truth"),
+            rerun=False,
+            budgets=budgets,
+        )
+
+
+def test_another_recorded_camera_is_no_fault(work, tmp_path):
+    source, out = work / "student.safetensors", tmp_path / "export"
+    export_student(checkpoint=str(source), out=str(out), focal_px=200.0)
+    assert verify(export=str(out), labels=str(work / "truth"), limit=1)["exit"] == 0
+
+
+def test_a_damaged_truth_and_a_foreign_out_are_refused(work, passed, tmp_path):
+    arguments = {"export": str(work / "export"), "labels": str(work / "labels")}
+    copy = tmp_path / "truth"
+    shutil.copytree(work / "truth", copy)
+    shard = copy / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UsageError, match=r"shard-000000\.tar: its content does not match"):
+        verify(**arguments, truth=str(copy), rerun=False)
+    photo = tmp_path / "mine" / "answers" / "inputs" / "photo.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"x")
+    (tmp_path / "mine" / "thesis.doc").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"found thesis\.doc, expected a new or empty folder"):
+        verify(**arguments, out=str(tmp_path / "mine"))
+    assert photo.exists()
 
 
 def test_spread_is_even():
