@@ -26,6 +26,7 @@ from student.checkpoint import load_student
 from student.model import Student
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
+from teacher.jobs.licences import as_text, of_student
 from teacher.label import Camera
 from teacher.store import hash_file
 
@@ -108,7 +109,7 @@ def card_of(
         canonical_focal_px=student.canonical_focal_px,
         outputs=tuple(names),
         classes={int(k): v for k, v in student.config["classes"].items()},
-        licences=tuple(str(x) for x in student.provenance.get("licences", ())),
+        licences=as_text(of_student(student.provenance)),
         provenance=student.provenance,
         student_sha256=student_sha256,
     )
@@ -212,17 +213,19 @@ def export_student(
     if focal_px is not None and not focal_px > 0:
         raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
     source, folder = Path(checkpoint), _open_folder(Path(out))
-    student = load_student(source)
+    load_student(source)  # refused before anything is written
+    reference = folder / REFERENCE
+    if reference.resolve() != source.resolve():
+        replace_atomically(reference, source.read_bytes())
+    student = load_student(reference)  # a training may meanwhile have replaced the source
     card = card_of(
         student,
         batch=batch,
         focal_input=focal_input,
         focal_px=focal_px,
         semantic_logits=semantic_logits,
-        student_sha256=hash_file(source),
+        student_sha256=hash_file(reference),
     )
-    if (folder / REFERENCE).resolve() != source.resolve():
-        replace_atomically(folder / REFERENCE, source.read_bytes())
     artefacts = {}
     for name in precision:
         model = to_onnx(student, dataclasses.replace(card, precision=name))

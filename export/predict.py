@@ -73,8 +73,7 @@ def predict(
         raise UsageError(f"batch={batch}: expected at least 1.")
     if focal_px is not None and not focal_px > 0:
         raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
-    source = open_source(images)
-    folder = _open_folder(Path(out))
+    source, folder = open_source(images), _open_folder(Path(out))
     rows: list[dict[str, Any]] = []
     with open_runtime(model, provider=provider, threads=threads) as runtime:
         about = {
@@ -85,7 +84,7 @@ def predict(
             "classes": {str(k): v for k, v in runtime.card.classes.items()},
         }
         _write_index(folder, about | {"complete": False, "rows": []})
-        names = source.list()
+        names = [uri for uri in source.list() if not _is_own(images, uri, folder)]
         with tqdm(total=len(names), desc="predict", unit="img") as bar:
             for group in _groups(source, names, runtime, rows, batch=batch, focal_px=focal_px):
                 rows += _answer(group, runtime, folder)
@@ -121,6 +120,15 @@ def _open_folder(folder: Path) -> Path:
             "earlier predict's. Choose another out=."
         )
     return folder
+
+
+def _is_own(images: str, uri: str, folder: Path) -> bool:
+    """Whether an input is what an earlier predict wrote; ``out`` may lie in ``images``."""
+    if "://" in images:
+        return False
+    path = Path(images).expanduser()
+    root = path if path.is_dir() else path.parent if path.is_file() else Path()
+    return (root / uri).resolve().is_relative_to(folder.resolve())
 
 
 def _write_index(folder: Path, content: dict[str, Any]) -> None:
@@ -168,7 +176,7 @@ def _groups(
 def _answer(group: list[Item], runtime: Runtime, folder: Path) -> list[dict[str, Any]]:
     """Run one group and write its files; one row per image."""
     images = np.stack([item.box.apply(item.image) for item in group])
-    focal_px = np.array([i.camera.fx * i.box.factor for i in group], np.float32)
+    focal_px = np.array([i.box.focal_px(i.camera.fx, i.camera.fy) for i in group], np.float32)
     answers = runtime(images, focal_px)
     answers.pop("semantic_logits", None)
     rows = []

@@ -88,6 +88,14 @@ def _describe_foreign(path: Path) -> str:
     return f"it is no readable safetensors file (truncated or another format, {size} bytes)"
 
 
+def _described(metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        about = json.loads(metadata.get("student", "{}"))
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
 def load_student(path: str | Path) -> Student:
     """Rebuild the student from its file, in eval mode, on the CPU, strictly.
 
@@ -102,7 +110,7 @@ def load_student(path: str | Path) -> Student:
         raise CheckpointError(f"checkpoint {path}: {what}; expected RUN/student.safetensors")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            about = json.loads((file.metadata() or {}).get("student", "{}"))
+            about = _described(file.metadata() or {})
             if about.get("format") != FORMAT:
                 found = about.get("format", "a safetensors file without our metadata")
                 raise _not_ours(path, f"its format is {found!r}, not {FORMAT!r}")

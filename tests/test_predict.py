@@ -103,6 +103,13 @@ def test_a_second_run_replaces_and_strangers_are_respected(model, tmp_path):
         predict(model=model, images=str(tmp_path / "in"), out=str(tmp_path / "mine"))
 
 
+def test_answers_below_the_images_are_not_answered_again(model, tmp_path):
+    save(tmp_path, "x.png", picture(0, 50, 50))
+    for _ in range(2):
+        result = predict(model=model, images=str(tmp_path), out=str(tmp_path / "out"))
+    assert result["answered"] == 1 and result["rejected"] == 0
+
+
 def test_folders_without_images_and_only_broken_ones(model, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no image in this folder"):

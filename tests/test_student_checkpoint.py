@@ -41,6 +41,10 @@ def damaged(path: Path, tmp_path: Path, kind: str) -> Path:
         out.write_bytes(data[:-10])
     elif kind == "foreign":
         save_file({"a": torch.zeros(2)}, out)
+    elif kind in ("torn json", "a list"):
+        save_file(
+            {"a": torch.zeros(2)}, out, metadata={"student": "[1]" if kind[0] == "a" else "{"}
+        )
     elif kind == "other config":
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
@@ -62,6 +66,8 @@ def damaged(path: Path, tmp_path: Path, kind: str) -> Path:
         ("empty", "it is empty"),
         ("truncated", "truncated or another format"),
         ("foreign", "a safetensors file without our metadata"),
+        ("torn json", "a safetensors file without our metadata"),
+        ("a list", "a safetensors file without our metadata"),
         ("other config", "its config and its weights do not fit"),
         ("folder", "a folder; expected RUN/student.safetensors"),
         ("missing", "no such file; expected RUN/student.safetensors"),
