@@ -142,11 +142,13 @@ def silhouettes(ratio: float, kind: str, seed: int) -> tuple[np.ndarray, np.ndar
     return planes[0], planes[1], share
 
 
-def edge_table() -> list[dict[str, object]]:
+def edge_table(
+    codec: DepthCodec, *, kinds: tuple[str, ...], sigmas: tuple[int, ...]
+) -> list[dict[str, object]]:
     """Both decoders on blended silhouettes: share on neither surface, delta1 there, boundary F1."""
-    codec, rows = DepthCodec(), []
-    for kind in ("uniform", "coverage", "blur"):
-        for sigma in (0, 2, 4, 8):
+    rows: list[dict[str, object]] = []
+    for kind in kinds:
+        for sigma in sigmas:
             for ratio in RATIOS:
                 found: dict[str, list[list[float]]] = {"nearest": [], "snap": []}
                 for seed in range(4):
@@ -167,6 +169,27 @@ def edge_table() -> list[dict[str, object]]:
     return rows
 
 
+def hilbert_edge_tables() -> dict[str, list[dict[str, object]]]:
+    """`edge_table` of the Hilbert orders whose residual can exceed the decoder's trigger."""
+    tables = {}
+    for order in (2, 3, 4, 5):
+        codec = CODES[f"hilbert {order}"]
+        tables[f"hilbert {order}"] = edge_table(codec, kinds=("uniform", "blur"), sigmas=(0, 4))
+        print_edges(f"hilbert {order}", tables[f"hilbert {order}"])
+    return tables
+
+
+def print_edges(code: str, edges: list[dict[str, object]]) -> None:
+    """One Markdown table of an `edge_table`."""
+    print(f"\n| {code} | σ | decoder | " + " | ".join(f"ratio {r:g}" for r in RATIOS) + " |")
+    print("|---" * (len(RATIOS) + 3) + "|")
+    for start in range(0, len(edges), len(RATIOS)):
+        group = edges[start : start + len(RATIOS)]
+        for decoder in ("nearest", "snap"):
+            cells = " | ".join("{:.1f} / {:.1f} / {:.3f}".format(*g[decoder]) for g in group)
+            print(f"| {group[0]['kind']} | {group[0]['sigma']} | {decoder} | {cells} |")
+
+
 def plot(noise: dict, steps: dict, path: Path) -> None:
     """Mean error against noise in four bands, and the step against depth."""
     import matplotlib
@@ -181,6 +204,8 @@ def plot(noise: dict, steps: dict, path: Path) -> None:
             axis.loglog(SIGMAS, [s[0] for s in bands[band]], "o-", color=colour, label=name, ms=3)
         axis.set(title=f"depth {band}", xlabel="colour noise σ (of 255)", ylabel="mean error [%]")
         axis.set_ylim(1e-2, 2e3)
+        axis.set_xticks(SIGMAS, [str(s) for s in SIGMAS], minor=False)
+        axis.set_xticks([], minor=True)
     for colour, (name, values) in zip(colours, steps.items(), strict=True):
         axes[1, 1].loglog(DEPTHS_M, values, "o-", color=colour, label=name, ms=3)
     axes[1, 1].set(title="one 8-bit step", xlabel="depth [m]", ylabel="step [% of depth]")
@@ -211,16 +236,12 @@ def main(out: Path) -> None:
     for name, row in pictures.items():
         cells = " | ".join(f"{m:.3g} / {p:.3g} / {d:.1f}" for m, p, d in row.values())
         print(f"| {name} | {cells} |")
-    edges = edge_table()
-    print("\n| blend | σ | decoder | " + " | ".join(f"ratio {r:g}" for r in RATIOS) + " |")
-    print("|---" * (len(RATIOS) + 3) + "|")
-    for start in range(0, len(edges), len(RATIOS)):
-        group = edges[start : start + len(RATIOS)]
-        for decoder in ("nearest", "snap"):
-            cells = " | ".join("{:.1f} / {:.1f} / {:.3f}".format(*g[decoder]) for g in group)
-            print(f"| {group[0]['kind']} | {group[0]['sigma']} | {decoder} | {cells} |")
+    edges = edge_table(DepthCodec(), kinds=("uniform", "coverage", "blur"), sigmas=(0, 2, 4, 8))
+    print_edges("walk", edges)
+    hilbert_edges = hilbert_edge_tables()
     plot(noise, steps, out / "codec_study.png")
     found = {"steps": steps, "noise": noise, "pictures": pictures, "edges": edges}
+    found["hilbert_edges"] = hilbert_edges
     (out / "codec_study.json").write_text(json.dumps(found))
 
 
