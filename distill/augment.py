@@ -19,6 +19,7 @@ from PIL import Image, ImageFilter
 from teacher.label import Camera
 
 GREY = (124, 116, 104)  # as export.letterbox pads
+WHOLE_SHARE = 0.5  # of samples that are not cropped (docs/results.md, training)
 MAX_ZOOM = 1.6  # largest enlargement beyond filling the frame
 MODES = ("strong", "geometry", "none")
 
@@ -128,19 +129,23 @@ def letterbox(source: tuple[int, int], target: tuple[int, int]) -> Window:
 def random_window(
     rng: np.random.Generator, source: tuple[int, int], target: tuple[int, int]
 ) -> Window:
-    """A random crop or a part-letterbox: factor between fitting and filling, then a zoom.
+    """The whole picture as `distill predict` shows it, or a random crop or part-letterbox of it.
 
-    Three in ten samples are not zoomed, a quarter may keep a grey border where the aspects differ,
-    and a fifth get the border of a taller or wider picture: `distill predict` letterboxes, and a
-    student of pictures of its own aspect would meet its first border there.
+    Every second sample is the whole picture: were all enlarged, the student would take whatever is
+    whole for near. The others have a factor that fills the frame (a quarter: between fitting and
+    filling), seven in ten a zoom. A fifth of all get the border of a taller or wider picture: a
+    student of pictures of its own aspect would meet its first border in `distill predict`.
     """
-    fit = min(target[0] / source[0], target[1] / source[1])
+    whole = letterbox(source, target)
+    fit = whole.factor
     fill = max(target[0] / source[0], target[1] / source[1])
     factor = fit * (fill / fit) ** rng.uniform() if rng.uniform() < 0.25 else fill
     if rng.uniform() < 0.7:
         factor *= MAX_ZOOM ** rng.uniform()
     slack = [s - t / factor for s, t in zip(source, target, strict=True)]
     top, left = (rng.uniform(min(0.0, s), max(0.0, s)) for s in slack)
+    if rng.uniform() < WHOLE_SHARE:
+        top, left, factor = whole.top, whole.left, fit
     hidden = (0, 0)
     if rng.uniform() < 0.2:  # up to 9:16 or 2:1 in a 4:3 frame
         rows, columns = int(rng.uniform(0, 0.17) * target[0]), int(rng.uniform(0, 0.3) * target[1])
