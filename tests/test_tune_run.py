@@ -165,6 +165,19 @@ def test_bad_use_is_refused(rooms, tmp_path, wrong, text):
         tune(**options(rooms, tmp_path, **wrong))
 
 
+def test_two_runs_in_one_folder_are_refused(rooms, tmp_path):
+    """The second is told so; once the first has let go, even by an error, the folder is free."""
+    import fcntl
+
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match=r"another run is at work in .*choose another out"):
+            tune(**options(rooms, tmp_path))
+    with pytest.raises(UsageError, match="no such folder"):
+        tune(**options(str(tmp_path / "nowhere"), tmp_path))
+    assert tune(**options(rooms, tmp_path, steps=1))["step"] == 1
+
+
 def test_a_set_without_truth_is_refused(tmp_path):
     def bare(i):
         label = room(i, height=16, width=32)

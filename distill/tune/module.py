@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from teacher.errors import EnvironmentFailure, UsageError
 from teacher.prompts import KINDS
 
 CLIP_NORM = 1.0
+SPIKE = 10.0  # a gradient this many times its running norm is skipped, not more than 3 in a row
 MAX_BAD_STEPS = 20  # non-finite losses or gradients in a row before we give up
 STATE_FORMAT = "dense-distill tune state"
 
@@ -85,13 +87,20 @@ class TuneModule(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         self.manual_backward(losses.total)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
-        if not bool(torch.isfinite(norm) & torch.isfinite(losses.total)):
+        finite = bool(torch.isfinite(norm) & torch.isfinite(losses.total))
+        if not finite or self._is_spike(float(norm)):
             self._skip(float(losses.total.detach()), float(norm))
             return
         self.bad_in_a_row = 0
         optimizer.step()
         self._average()
         self._remember(batch, losses, float(norm))
+
+    def _is_spike(self, norm: float) -> bool:
+        """Whether a step would poison Adam's moments: clipping alone keeps its direction."""
+        usual = self.recent.get("norm", math.inf)
+        warm = self.step >= self.schedule["warmup"]
+        return warm and norm > SPIKE * usual and self.bad_in_a_row < 3
 
     def _skip(self, loss: float, norm: float) -> None:
         self.bad_steps += 1
@@ -112,7 +121,11 @@ class TuneModule(L.LightningModule):
     def _remember(self, batch: Batch, losses: Any, norm: float) -> None:
         """Exponential means of the loss per kind and of the gradient norm, for the log."""
         per_pair = losses.per_pair.float().cpu()
-        numbers = {"loss": float(losses.total.detach()), "text": float(losses.text), "norm": norm}
+        numbers = {
+            "loss": float(losses.total.detach()),
+            "text": float(losses.text),
+            "norm": min(norm, SPIKE * self.recent.get("norm", norm)),
+        }
         for i, kind in enumerate(KINDS):
             chosen = per_pair[batch.kinds.cpu() == i]
             if len(chosen):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ def tune(
     small_steps: int = 4000,
     batch: int = 32,
     prompts_per_image: int = 2,
-    lr: float = 2e-3,
+    lr: float = 1.2e-3,
     warmup: int = 200,
     decay: int = 2000,
     ema: float = 0.999,
@@ -88,63 +91,79 @@ def tune(
     torch.set_num_threads(threads)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = load_scenes(data, cache=str(folder / "cache"))
-    height, width = scenes.image.shape[1:3]
-    unit = 16 if small_steps else 8
-    if height % unit or width % unit:
-        raise UsageError(
-            f"{data}: scenes are {width}x{height}, expected multiples of {unit}"
-            f"{' (8 with small_steps=0)' if small_steps else ''}"
+    with _locked(folder):
+        scenes = load_scenes(data, cache=str(folder / "cache"))
+        height, width = scenes.image.shape[1:3]
+        unit = 16 if small_steps else 8
+        if height % unit or width % unit:
+            raise UsageError(
+                f"{data}: scenes are {width}x{height}, expected multiples of {unit}"
+                f"{' (8 with small_steps=0)' if small_steps else ''}"
+            )
+        train, back = split(scenes, held_back)
+        if not len(train) or not len(back):
+            raise UsageError(
+                f"{data}: {len(scenes)} scenes leave {len(train)} to train on and {len(back)} to"
+                f" validate with held_back={held_back}; render more scenes or change the share"
+            )
+        plan = Plan(generate_steps, small_steps, steps, retention, weights)
+        torch.manual_seed(seed)
+        module = _module(network, init, plan, lr, warmup, decay, ema)
+        start = resume(module, folder)
+        options = {
+            "batch": batch,
+            "prompts_per_image": prompts_per_image,
+            "single_step_share": single_step_share,
+            "colour_map_share": colour_map_share,
+            "seed": seed,
+        }
+        deadline = began + max_minutes * 60 if max_minutes else float("inf")
+        stream = Stream(plan, train, train.halved() if start < small_steps else train, start,
+                        deadline, options)  # fmt: skip
+        keeper = Keeper(
+            folder,
+            plan,
+            checks=_checks(back, plan, seed),
+            every=validate_every,
+            facts={
+                "size": list(scenes.image.shape[1:3]),
+                "focal_px": scenes.focal_px,
+                "classes": {str(k): v for k, v in scenes.classes.items()},
+                "things": [
+                    scenes.classes[i] for i in Pairs(train, weights=weights, batch=2).things
+                ],
+                "scenes": len(train),
+                "kinds": list(KINDS),
+                "license": "Apache-2.0",
+                "plan": {**vars(plan), "lr": lr, "batch": batch, "ema": ema, "seed": seed},
+            },
         )
-    train, back = split(scenes, held_back)
-    if not len(train) or not len(back):
-        raise UsageError(
-            f"{data}: {len(scenes)} scenes leave {len(train)} to train on and {len(back)} to"
-            f" validate with held_back={held_back}; render more scenes or change the share"
-        )
-    plan = Plan(generate_steps, small_steps, steps, retention, weights)
-    torch.manual_seed(seed)
-    module = _module(network, init, plan, lr, warmup, decay, ema)
-    start = resume(module, folder)
-    options = {
-        "batch": batch,
-        "prompts_per_image": prompts_per_image,
-        "single_step_share": single_step_share,
-        "colour_map_share": colour_map_share,
-        "seed": seed,
-    }
-    deadline = began + max_minutes * 60 if max_minutes else float("inf")
-    stream = Stream(plan, train, train.halved() if start < small_steps else train, start,
-                    deadline, options)  # fmt: skip
-    keeper = Keeper(
-        folder,
-        plan,
-        checks=_checks(back, plan, seed),
-        every=validate_every,
-        facts={
-            "size": list(scenes.image.shape[1:3]),
-            "focal_px": scenes.focal_px,
-            "classes": {str(k): v for k, v in scenes.classes.items()},
-            "things": [scenes.classes[i] for i in Pairs(train, weights=weights, batch=2).things],
-            "scenes": len(train),
-            "kinds": list(KINDS),
-            "license": "Apache-2.0",
-            "plan": {**vars(plan), "lr": lr, "batch": batch, "ema": ema, "seed": seed},
-        },
-    )
-    _fit(module, stream, keeper, device)
-    keeper.check(module)
-    result = {
-        "summary": f"tune: step {module.step + 1} of {steps}, {keeper.latest}",
-        "step": module.step + 1,
-        "steps": steps,
-        "bad_steps": module.bad_steps,
-        "minutes": round((time.monotonic() - began) / 60, 2),
-        "validation": keeper.latest,
-        "weights": str(folder / "generator.safetensors"),
-    }
-    (folder / "tune.json").write_text(json.dumps(result, indent=1) + "\n")
+        _fit(module, stream, keeper, device)
+        keeper.check(module)
+        result = {
+            "summary": f"tune: step {module.step + 1} of {steps}, {keeper.latest}",
+            "step": module.step + 1,
+            "steps": steps,
+            "bad_steps": module.bad_steps,
+            "minutes": round((time.monotonic() - began) / 60, 2),
+            "validation": keeper.latest,
+            "weights": str(folder / "generator.safetensors"),
+        }
+        (folder / "tune.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock: two runs in one folder would overwrite each other's state."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"tune: another run is at work in {folder}; wait for it or choose another out"
+            ) from None
+        yield
 
 
 def _check(batch: int, per_image: int, retention: float, weights: dict[str, float]) -> None:
