@@ -36,7 +36,7 @@ def _watch_neighbours(kernel: Any, folder: Path) -> None:
     Numba looks at the kernel's own file only, while kernels inline helpers of other files; after an
     update that touched just the helper, the old machine code would run on.
     """
-    index = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+    index: Any = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
     if hasattr(index, "_source_stamp"):
         facts = [(p.name, p.stat()) for p in sorted(folder.glob("_*.py"))]
         index._source_stamp = [(name, f.st_mtime, f.st_size) for name, f in facts]
