@@ -286,6 +286,25 @@ def test_minutes_end_a_lesson_and_its_schedule(labels, tmp_path):
     assert curve(tmp_path / "run")[-1]["lr"] < 1e-3
 
 
+@pytest.mark.slow
+def test_a_student_learns_the_analytic_scenes(tmp_path):
+    """Measured 2026-11-23: delta1 0.805, abs_rel 0.169, 8.3 degrees, mIoU 0.868 in 25 CPU s."""
+    write_analytic_set(tmp_path / "set", n=160)
+    write_analytic_set(tmp_path / "more", n=40, first_seed=1000)
+    student = {**STUDENT, "height": 64, "width": 64, "backbone": "test_resnet"}
+    trainer = {"steps": 400, "batch_size": 8, "val_share": 0.1, "warmup_steps": 20}
+    result = train(
+        data=[str(tmp_path / "set"), str(tmp_path / "more")],
+        weights=[1, 1],
+        out=str(tmp_path / "run"),
+        student=student,
+        trainer={**trainer, "device": "cpu", "augment": "none", "val_every": 1000},
+    )
+    numbers = result["validation"]
+    assert numbers["delta1"] > 0.65 and numbers["abs_rel"] < 0.25, numbers
+    assert numbers["mean_deg"] < 11 and numbers["miou"] > 0.78, numbers
+
+
 @pytest.mark.parametrize(
     "change, text",
     [
