@@ -35,8 +35,8 @@ setup: .venv/installed
 	  "or clone to another disk."; exit 3; }
 	@echo "Installing into .venv (several GB, some minutes, once) ..."
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --require-hashes -r requirements.lock
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@$(BIN)/pip install -qq --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 lock:

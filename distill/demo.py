@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 
-def demo(*, out: str, train_scenes: int, held_out_scenes: int, minutes: float) -> dict[str, Any]:
-    """Scenes -> labels of the mini teacher -> student -> ONNX -> verdict, started again it resumes.
+def demo(
+    *, out: str, teacher: str, train_scenes: int, held_out_scenes: int, minutes: float
+) -> dict[str, Any]:
+    """Scenes -> labels -> student -> ONNX -> verdict; started again it resumes.
 
     Args:
         out: folder for everything.
-        train_scenes: scenes whose images the teacher labels for training.
+        teacher: ``truth`` (the scenes' exact labels) or another choice of ``conf/teacher``.
+        train_scenes: scenes that the teacher labels for training.
         held_out_scenes: scenes of the held-out seeds, for teacher, student and artefact alike.
         minutes: training time of the student.
     """
@@ -22,13 +25,18 @@ def demo(*, out: str, train_scenes: int, held_out_scenes: int, minutes: float) -
     started = time.monotonic()
     held_out = f"{root}/scenes-held-out"
     size = ["student.height=96", "student.width=128", "trainer.val_every=200"]
+
+    def asked(images: str) -> list[str]:
+        known = [f"teacher.labels={images}"] if teacher == "truth" else []
+        return [f"teacher={teacher}", *known, f"images={images}"]
+
     student = f"{root}/student/student.safetensors"
     labels, held_out_labels = f"{root}/labels", f"{root}/labels-held-out"
     steps: list[tuple[str, list[str]]] = [
         ("scenes", [f"out={root}/scenes", f"n={train_scenes}", "split=train"]),
         ("scenes", [f"out={held_out}", f"n={held_out_scenes}", "split=heldout"]),
-        ("label", [f"images={root}/scenes", f"out={labels}"]),
-        ("label", [f"images={held_out}", f"out={held_out_labels}"]),
+        ("label", [*asked(f"{root}/scenes"), f"out={labels}"]),
+        ("label", [*asked(held_out), f"out={held_out_labels}"]),
         ("train", [f"data={labels}", f"out={root}/student", f"trainer.minutes={minutes}", *size]),
         ("export", [f"checkpoint={student}", f"out={root}/export"]),
         ("verify", [f"export={root}/export", f"labels={held_out_labels}", f"truth={held_out}"]),

@@ -2,7 +2,7 @@
 
 An entry is plain JSON: ``role`` (images, teacher code, teacher weights, anchor, api terms, label
 set, backbone, ...), ``name``, ``licence`` (text, "" unknown), ``terms`` (see `TERMS`), ``basis``
-(``stated`` by user, card or repository; ``table``: known here, read on 2026-11-23; ``unknown``).
+(``stated`` by user, card or repository; ``table``: known here, see `KNOWN`; ``unknown``).
 
 The ledger is computed along the chain: images and teacher -> label set -> student -> artefact;
 each stage copies its ancestors' entries and adds its own. It is a reading aid made by a program
