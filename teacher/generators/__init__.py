@@ -1,7 +1,8 @@
 """Teachers by name: one file per family, each answering in its own space.
 
 A user's own teacher is any class with the members of `Teacher`; it may add ``max_side``, the
-longer side in pixels up to which it can use an image (the label job then hands over no more).
+longer side in pixels up to which it can use an image (the label job then hands over no more), and
+``spaces``, task -> space of its answers (a job that needs an anchor then says so before it starts).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Teacher(Protocol):
 # name -> (module, class); a user's own teacher is named as "package.module:Class"
 TEACHERS: dict[str, tuple[str, str]] = {
     "truth": ("teacher.generators.folder", "TruthTeacher"),
+    "folder": ("teacher.generators.folder", "FolderTeacher"),
     "mini": ("teacher.generators.mini", "MiniTeacher"),
     "marigold": ("teacher.generators.marigold", "MarigoldTeacher"),
     "lotus": ("teacher.generators.lotus", "LotusTeacher"),

@@ -1,13 +1,20 @@
-"""Labels that exist on disk, as a teacher: exact truth of a label set, looked up by content key."""
+"""Labels that exist on disk, as a teacher: a label set by content key, a data set by file name."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
+
+from teacher.errors import UsageError
 from teacher.generators import Query
-from teacher.label import Answer, Space, Task
-from teacher.store import LabelSet
+from teacher.generators.layouts import camera_of, layout_of, list_images
+from teacher.label import Answer, Camera, Space, Task
+from teacher.store import LabelSet, canonical_json
 
 SPACE_OF = {
     Task.DEPTH: Space.METRIC,
@@ -48,3 +55,121 @@ class TruthTeacher:
                         task=task, space=SPACE_OF[task], values=label.values[task], extras=extras
                     )
         return answers
+
+
+class FolderTeacher:
+    """Depth that lies beside the images, in the layout of a public data set or as plain pairs.
+
+    Answers are metric and come from pixels or points of the file alone: the nearest one where the
+    image was scaled, never a mixture of two, nothing where the file has a hole.
+    """
+
+    tasks = (Task.DEPTH,)
+    spaces: ClassVar = {Task.DEPTH: Space.METRIC}
+
+    def __init__(self, *, layout: str, root: str) -> None:
+        """``layout``: a name of `LAYOUTS`; ``root``: the folder that image names start from."""
+        self.name, self.layout, self.root = layout, layout_of(layout), Path(root).expanduser()
+        if not self.root.is_dir():
+            raise UsageError(f"root={root}: no such folder; expected a data set of layout {layout}")
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        digest, count = hashlib.sha256(), 0
+        for name in list_images(self.root, self.layout):
+            path = self.layout.depth(self.root / name)
+            if path.exists():
+                about = path.stat()
+                digest.update(canonical_json([name, about.st_size]))
+                count += 1
+        if not count:
+            raise UsageError(
+                f"root={self.root}: no image with depth in the layout {self.name!r}; it looks for "
+                f"{list(self.layout.images)} below the root."
+            )
+        return {"depth_files": count, "depth_files_sha256": digest.hexdigest()}
+
+    def describe(self) -> dict[str, Any]:
+        """Pinned by names and sizes of the depth files; their bytes are not hashed."""
+        return {"name": "folder", "layout": self.name, **self._facts}
+
+    def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
+        """Depth per query, found by the image's name; without a file all unknown, with a reason."""
+        return [
+            {Task.DEPTH: self._depth(query)} if Task.DEPTH in tasks else {} for query in queries
+        ]
+
+    def _depth(self, query: Query) -> Answer:
+        height, width = query.image.shape[:2]
+        image = self.root / query.uri
+        values = np.full((height, width), np.nan, np.float32)
+        extras: dict[str, Any] = {"layout": self.name}
+        path = self.layout.depth(image) if query.uri and image.is_file() else None
+        if path is None or not path.is_file():
+            missing = (
+                f"no depth file {path.name}" if path else f"no image {query.uri!r} below root="
+            )
+            extras["reason"] = f"{missing} (layout {self.name})"
+        else:
+            stored = self.layout.metres(path, image)
+            camera = camera_of(self.layout, image)
+            k = self.layout.depth_camera(image)
+            if stored.ndim == 2 and stored.shape[1] == 3 and path.suffix == ".txt":
+                values = scattered(stored, path=path, image=image, width=width, height=height)
+            elif camera is not None and k is not None:
+                own = Camera(
+                    fx=k[0], fy=k[1], cx=k[2], cy=k[3],
+                    width=stored.shape[1], height=stored.shape[0],
+                )  # fmt: skip
+                values = seen_by(stored, own, camera.resized(width=width, height=height))
+            elif unequal(stored.shape[:2], (height, width)):
+                size = f"{stored.shape[1]}x{stored.shape[0]}"
+                extras["reason"] = f"depth is {size}, the image {width}x{height}: another shape"
+            else:
+                values = nearest(stored, height=height, width=width)
+        return Answer(task=Task.DEPTH, space=Space.METRIC, values=values, extras=extras)
+
+
+def unequal(stored: tuple[int, ...], wanted: tuple[int, int]) -> bool:
+    """Whether one size is not the other one scaled, to a pixel of the smaller."""
+    scale = max(wanted) / max(stored)
+    slack = max(1.0, scale)
+    return any(abs(s * scale - w) > slack for s, w in zip(stored, wanted, strict=True))
+
+
+def nearest(depth_m: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """[h, w] -> [height, width]: at each pixel's centre the stored pixel it falls into."""
+    rows = ((np.arange(height) + 0.5) * depth_m.shape[0] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * depth_m.shape[1] / width).astype(int)
+    return np.ascontiguousarray(depth_m[rows[:, None], columns], np.float32)
+
+
+def seen_by(depth_m: np.ndarray, own: Camera, colour: Camera) -> np.ndarray:
+    """Depth of camera ``own`` on the pixels of ``colour``, which stands at the same place."""
+    x = (np.arange(colour.width) - colour.cx) / colour.fx * own.fx + own.cx
+    y = (np.arange(colour.height) - colour.cy) / colour.fy * own.fy + own.cy
+    columns, rows = np.rint(x).astype(int), np.rint(y).astype(int)
+    inside = ((rows >= 0) & (rows < own.height))[:, None] & (columns >= 0) & (columns < own.width)
+    found = depth_m[rows.clip(0, own.height - 1)[:, None], columns.clip(0, own.width - 1)]
+    return np.where(inside, found, np.nan).astype(np.float32)
+
+
+def scattered(
+    points: np.ndarray, *, path: Path, image: Path, width: int, height: int
+) -> np.ndarray:
+    """Points (x, y px of the stored image, z m) on a ``width x height`` image; the nearest wins."""
+    from teacher.images import read
+
+    stored = read(image.read_bytes()).image.shape
+    x, y, z = points.T
+    column = np.rint((x + 0.5) * width / stored[1] - 0.5).astype(int)
+    row = np.rint((y + 0.5) * height / stored[0] - 0.5).astype(int)
+    good = np.isfinite(z) & (z > 0)
+    if not ((column >= 0) & (column < width) & (row >= 0) & (row < height))[good].all():
+        raise UsageError(
+            f"{path}: points outside the image of {stored[1]}x{stored[0]} pixels; expected x y in "
+            "pixels of the upright image (first pixel's centre 0 0), z in metres."
+        )
+    depth_m = np.full((height, width), np.inf, np.float64)
+    np.minimum.at(depth_m, (row[good], column[good]), z[good])
+    return np.where(np.isinf(depth_m), np.nan, depth_m).astype(np.float32)

@@ -17,19 +17,20 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from teacher.align import AFFINE
+from teacher.anchors import Anchor, needless, needs_anchor
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators import Query, Teacher
 from teacher.images import ImageError, bounded, encode_png, read
 from teacher.jobs.commit import Lease, this_host
 from teacher.jobs.plan import Entry, Plan
 from teacher.jobs.sources import Source
-from teacher.label import Answer, Label, LabelError, Space, Task, coverage, validate
+from teacher.label import Answer, Camera, Label, LabelError, Task, coverage, validate
 from teacher.store import ShardWriter, content_key, encode_members, seal_path, shard_name
 
 T = TypeVar("T")
 R = TypeVar("R")
 TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
-STORED = (Space.METRIC, Space.UNIT_NORMALS, Space.CLASS_IDS, Space.INSTANCE_IDS)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,8 +73,18 @@ def prepare(entry: Entry, source: Source, *, max_side: int | None) -> Prepared:
     return Prepared(entry=entry, query=query, encoded=encoded)
 
 
-def to_label(item: Prepared, answers: dict[Task, Answer], tasks: Sequence[Task]) -> Label:
-    """Query + answers -> label; `LabelError` with the reason when the image must be rejected."""
+def to_label(
+    item: Prepared,
+    answers: dict[Task, Answer],
+    tasks: Sequence[Task],
+    *,
+    anchor: Anchor | None = None,
+    scale: Answer | None = None,
+) -> Label:
+    """Query + answers -> label; `LabelError` with the reason when the image must be rejected.
+
+    ``scale`` is the ``anchor``'s depth of the image, with which affine depth becomes metric.
+    """
     assert item.query is not None and item.encoded is not None
     query = item.query
     provenance: dict[str, Any] = {"source_sha256_96": query.key}
@@ -89,13 +100,17 @@ def to_label(item: Prepared, answers: dict[Task, Answer], tasks: Sequence[Task])
         answer = answers.get(task)
         if answer is None:
             raise LabelError(f"the teacher gave no {task}")
-        if answer.space not in STORED:
-            raise UsageError(
-                f"the teacher answers {task} as {answer.space!r}; a label set holds metres, so the "
-                "job needs a metric anchor to align it with."
-            )
         if coverage(task, answer.values) == 0:
-            raise LabelError(f"the teacher's {task} has no known pixel")
+            why = f": {answer.extras['reason']}" if "reason" in answer.extras else ""
+            raise LabelError(f"the teacher's {task} has no known pixel{why}")
+        if answer.space in AFFINE:
+            if anchor is None:
+                raise UsageError(needs_anchor(answer.space))
+            answer, provenance["alignment"] = anchor.metric(answer, scale)
+            if coverage(task, answer.values) == 0:
+                raise LabelError(f"the teacher's {task} has no known pixel after its alignment")
+        elif task is Task.DEPTH and anchor is not None:
+            raise UsageError(needless(anchor))
         label.values[task] = answer.values
         if answer.uncertainty is not None:
             label.uncertainty[task] = answer.uncertainty
@@ -106,7 +121,21 @@ def to_label(item: Prepared, answers: dict[Task, Answer], tasks: Sequence[Task])
             provenance[str(task)] = extras
         if answer.picture is not None:
             label.pictures[task] = answer.picture
+        label.camera = estimated(label.camera, answer)
+    if scale is not None:
+        label.camera = estimated(label.camera, scale)
     return label
+
+
+def estimated(camera: Camera, answer: Answer) -> Camera:
+    """The camera with the focal length a model estimated, where it would else be assumed.
+
+    Depth in metres and the focal length it was computed with belong together.
+    """
+    focal_px = answer.extras.get("focal_px")
+    if camera.source != "assumed" or focal_px is None or answer.extras["focal_source"] != "model":
+        return camera
+    return dataclasses.replace(camera, fx=focal_px, fy=focal_px, source="estimated")
 
 
 def ahead(
@@ -240,6 +269,7 @@ class Worker:
     max_side: int | None
     keep_pictures: bool
     threads: int
+    anchor: Anchor | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -274,14 +304,14 @@ class Worker:
         queries = [item.query for item in asked if item.query is not None]
         if not queries:
             return 0.0, 0.0
-        answer_split(self.teacher, queries, self.tasks)
+        self._ask(queries)
         before = time.monotonic()
-        answers = answer_split(self.teacher, queries, self.tasks)
+        answers = self._ask(queries)
         teacher_s = time.monotonic() - before
         size = 0
         for item, answer in zip(asked, answers, strict=True):
             with contextlib.suppress(LabelError):
-                size += sum(len(data) + 1024 for _, data in self._finish(item, answer)[1])
+                size += sum(len(data) + 1024 for _, data in self._finish(item, *answer)[1])
         return teacher_s / len(items), size / len(items)
 
     def _pass(self, numbers: Sequence[int], bar: tqdm) -> None:
@@ -341,19 +371,28 @@ class Worker:
             items = [next(prepared) for _ in batch]
             queries = [item.query for item in items if item.query is not None]
             before = time.monotonic()
-            answers = iter(answer_split(self.teacher, queries, self.tasks) if queries else [])
+            answers = iter(self._ask(queries) if queries else [])
             self.tally.teacher_s += time.monotonic() - before
             for item in items:
                 finished = None
                 if item.query is not None:
-                    finished = pool.submit(self._finish, item, next(answers))
+                    finished = pool.submit(self._finish, item, *next(answers))
                 waiting.append((item, finished))
             drain(keep=2 * self.plan.batch_size)
         drain(keep=0)
 
-    def _finish(self, item: Prepared, answers: dict[Task, Answer]) -> tuple[Label, list]:
+    def _ask(self, queries: Sequence[Query]) -> list[tuple[dict[Task, Answer], Answer | None]]:
+        """The teacher's answers and the anchor's depth, per query."""
+        answers = answer_split(self.teacher, queries, self.tasks)
+        if self.anchor is None or Task.DEPTH not in self.tasks:
+            return [(answer, None) for answer in answers]
+        return list(zip(answers, self.anchor.ask(queries, answer_split), strict=True))
+
+    def _finish(
+        self, item: Prepared, answers: dict[Task, Answer], scale: Answer | None
+    ) -> tuple[Label, list]:
         """Everything between the answer and the tar, in a worker thread."""
-        label = to_label(item, answers, self.tasks)
+        label = to_label(item, answers, self.tasks, anchor=self.anchor, scale=scale)
         if not self.keep_pictures:
             label.pictures.clear()
         return validate(label), encode_members(label)

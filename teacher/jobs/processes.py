@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from teacher.anchors import Anchor, load_anchor
 from teacher.errors import EnvironmentFailure
 from teacher.generators import load_teacher
 from teacher.jobs.engines import Tally, Worker
@@ -53,8 +54,17 @@ class Recipe:
     max_side: int | None
     keep_pictures: bool
     threads: int
+    anchor: dict[str, Any] | None = None
+    align: dict[str, Any] | None = None
 
-    def build(self, *, teacher: Any = None, source: Any = None, quiet: bool = False) -> Worker:
+    def build(
+        self,
+        *,
+        teacher: Any = None,
+        source: Any = None,
+        anchor: Anchor | None = None,
+        quiet: bool = False,
+    ) -> Worker:
         """A worker; what was loaded already may be handed over."""
         return Worker(
             teacher=teacher if teacher is not None else load_teacher(**self.teacher),
@@ -65,6 +75,7 @@ class Recipe:
             max_side=self.max_side,
             keep_pictures=self.keep_pictures,
             threads=self.threads,
+            anchor=anchor if anchor is not None else load_anchor(self.anchor, self.align),
             quiet=quiet,
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from teacher.anchors import check_anchor, load_anchor
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators import Teacher, load_teacher
 from teacher.jobs.commit import replace_atomically
@@ -41,6 +42,8 @@ def label(
     workers: int = 1,
     shard: dict[str, int] | None = None,
     licence: dict[str, Any] | None = None,
+    anchor: dict[str, Any] | None = None,
+    align: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Label every image of a source; started again, it does only what is missing.
 
@@ -62,6 +65,9 @@ def label(
             shards whose number leaves ``index`` when divided by ``count``.
         licence: ``images``, the licence of the images; ``refuse``, terms that stop the job, such as
             ``non-commercial`` (`teacher.jobs.licences`).
+        anchor: what makes affine depth metric: ``name`` and its own keys (`teacher.anchors`).
+        align: ``method`` (ransac, least-squares, truncated-l1) and ``max_residual``, the median
+            |ln(depth / anchor)| above which an image is rejected.
     """
     sizes = {"shard_size": shard_size, "batch_size": batch_size, "workers": workers}
     for name, value in sizes.items():
@@ -70,16 +76,24 @@ def label(
     if engine not in ("local", "ray"):
         raise UsageError(f"engine={engine}: expected local or ray.")
     index, count = array_task(shard or {})
+    images = as_layout(images, teacher, anchor or {})
     source = open_source(images, video=video)
     oracle = load_teacher(**teacher)
     wanted = parse_tasks(tasks, oracle.tasks)
+    scale = load_anchor(anchor, align)
+    check_anchor(oracle, scale, wanted)
     own_side = getattr(oracle, "max_side", None)
     side = min((s for s in (max_side, own_side) if s is not None), default=None)
     facts = {"teacher": oracle.describe(), "tasks": [str(t) for t in wanted], "max_side": side}
     facts["keep_pictures"] = keep_pictures
+    if scale is not None:
+        facts["anchor"] = scale.describe()
     asked = licence or {}
     ledger = for_label_job(
-        oracle.describe(), images=images, images_licence=asked.get("images"), source=source
+        facts["teacher"] | {"anchor": facts.get("anchor")},
+        images=images,
+        images_licence=asked.get("images"),
+        source=source,
     )
     refuse(ledger, asked.get("refuse", []), what=f"label set {out}")
     plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=facts)
@@ -96,8 +110,10 @@ def label(
         max_side=side,
         keep_pictures=keep_pictures,
         threads=threads,
+        anchor=anchor,
+        align=align,
     )
-    worker = recipe.build(teacher=oracle, source=source)
+    worker = recipe.build(teacher=oracle, source=source, anchor=scale)
     announce(worker, todo, workers=workers)
     if engine == "ray":
         from teacher.jobs.ray_engine import run_ray
@@ -124,6 +140,17 @@ def array_task(shard: dict[str, int]) -> tuple[int, int]:
             "each task of the array."
         )
     return index, count
+
+
+def as_layout(images: str, *options: dict[str, Any]) -> str:
+    """``LAYOUT:FOLDER`` for a folder that teacher or anchor are told to be a data set."""
+    for one in options:
+        if one.get("name") != "folder":
+            continue
+        root, layout = Path(one["root"]).expanduser(), one["layout"]
+        if root.is_dir() and Path(images).is_dir() and root.samefile(images):
+            return f"{layout}:{images}"
+    return images
 
 
 def parse_tasks(tasks: Sequence[str], offered: Sequence[Task]) -> list[Task]:

@@ -23,7 +23,8 @@ from teacher.store import DATASET, LabelSet, content_key
 
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES | TABLE_SUFFIXES | {".tar"}
 WHAT = (
-    "a folder, a glob pattern, a .txt list, an image, a .tar, a .parquet, a video, or a label set"
+    "a folder, a glob pattern, a .txt list, an image, a .tar, a .parquet, a video, a label set, or "
+    "LAYOUT:FOLDER for a data set (nyu:/data/nyu)"
 )
 
 
@@ -126,6 +127,28 @@ class RemoteSource:
         about = self.files.info(self._path(uri))
         version = about.get("ETag") or about.get("etag") or about.get("mtime") or ""
         return f"{self.files.protocol}|{uri}|{about.get('size')}|{version}" if version else ""
+
+
+class LayoutSource(FileSource):
+    """The images of a data set on disk (`teacher.generators.layouts`), with their cameras."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        """``name``: the layout; ``root``: the folder its patterns start from."""
+        from teacher.generators.layouts import layout_of, list_images
+
+        self.layout = layout_of(name)
+        super().__init__(root, list_images(root, self.layout))
+        if not self.names:
+            raise UsageError(
+                f"images={name}:{root}: no image in this layout, which looks for "
+                f"{list(self.layout.images)} below the folder."
+            )
+
+    def camera(self, uri: str) -> Camera | None:
+        """The data set's own camera, if it states one."""
+        from teacher.generators.layouts import camera_of
+
+        return camera_of(self.layout, self.root / uri)
 
 
 class LabelSetSource:
@@ -244,6 +267,9 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
     clip = {"fps": 1.0, "scene_change": None} | (video or {})
     if "://" in images:
         return RemoteSource(images)
+    layout, _, root = images.partition(":")
+    if root and Path(root).expanduser().is_dir() and not Path(images).exists():
+        return LayoutSource(layout, Path(root).expanduser())
     path = Path(images).expanduser()
     if path.is_dir():
         if (path / DATASET).exists():
