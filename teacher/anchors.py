@@ -30,7 +30,7 @@ METRIC_TEACHERS = ("folder", "truth", "depth_pro", "depth_anything")
 LISTED = (
     "anchor=folder (depth files or sparse points beside the images, or a data set's layout), "
     "anchor=truth (a label set), anchor=range (near_m and far_m of the scene), anchor=depth_pro "
-    "and anchor=depth_anything (metric models); docs/teachers.md shows each"
+    "and anchor=depth_anything (metric models); docs/anchors.md shows each"
 )
 
 
@@ -116,7 +116,7 @@ def load_anchor(anchor: dict[str, Any] | None, align: dict[str, Any] | None) -> 
     name = options.pop("name", None)
     if name is None:
         return None
-    how = {"method": "ransac", "max_residual": 0.1} | (align or {})
+    how: dict[str, Any] = {"method": "ransac", "max_residual": 0.1} | (align or {})
     if how["method"] not in METHODS:
         raise UsageError(f"align.method={how['method']!r}: expected one of {METHODS}.")
     if not (how["max_residual"] > 0 and math.isfinite(how["max_residual"])):

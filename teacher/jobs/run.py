@@ -84,7 +84,8 @@ def label(
     check_anchor(oracle, scale, wanted)
     own_side = getattr(oracle, "max_side", None)
     side = min((s for s in (max_side, own_side) if s is not None), default=None)
-    facts = {"teacher": oracle.describe(), "tasks": [str(t) for t in wanted], "max_side": side}
+    facts: dict[str, Any] = {"teacher": oracle.describe(), "max_side": side}
+    facts["tasks"] = [str(t) for t in wanted]
     facts["keep_pictures"] = keep_pictures
     if scale is not None:
         facts["anchor"] = scale.describe()
