@@ -110,16 +110,18 @@ def least_squares(y: np.ndarray, g: np.ndarray, w: np.ndarray) -> tuple[float, f
     return a, float(mean_g - a * mean_y)
 
 
-def deviation(residuals: np.ndarray, w: np.ndarray) -> float:
-    """Weighted mean absolute deviation from the median residual: the published threshold."""
-    return float(w @ np.abs(residuals - np.median(residuals)) / w.sum())
+def deviation(residuals: np.ndarray) -> float:
+    """Mean absolute deviation from the median residual: the published threshold."""
+    return float(np.abs(residuals - np.median(residuals)).mean())
 
 
 def ransac(y: np.ndarray, g: np.ndarray, w: np.ndarray) -> tuple[float, float, np.ndarray]:
     """(a, b, inliers [N] bool): lines through two points, judged by truncated residuals.
 
     The threshold is `deviation` of the residuals: first of plain least squares, then again among
-    the inliers it left, as long as more than half of the points stay. Deterministic.
+    the inliers it left, as long as more than half of the points stay. Points are counted, weights
+    enter the fit to the inliers alone: in disparity they grow with z^2, and points wrongly taken
+    for far would outvote the rest of the image. Deterministic.
     """
     rng = np.random.Generator(np.random.Philox(key=len(y)))
     few = rng.choice(len(y), min(SAMPLE, len(y)), replace=False)
@@ -128,15 +130,15 @@ def ransac(y: np.ndarray, g: np.ndarray, w: np.ndarray) -> tuple[float, float, n
         slopes = (g[i] - g[j]) / (y[i] - y[j])
     keep = np.isfinite(slopes) & (slopes > 0)
     slopes, shifts = slopes[keep], (g[i] - slopes * y[i])[keep]
-    a, b = least_squares(y, g, w)
+    a, b = least_squares(y, g, np.ones(len(y)))
     if not len(slopes):  # no two points rise together
         return a, b, np.ones(len(y), bool)
     off = np.abs(slopes[:, None] * y[few] + shifts[:, None] - g[few])
     inside, smallest = np.ones(len(y), bool), 1e-9 * (np.abs(g).max() + 1e-300)
     for _ in range(ROUNDS):
         residuals = a * y + b - g
-        limit = max(deviation(residuals[inside], w[inside]), smallest)
-        best = int(np.argmin((np.minimum(off, limit) * w[few]).sum(1)))
+        limit = max(deviation(residuals[inside]), smallest)
+        best = int(np.argmin(np.minimum(off, limit).sum(1)))
         close = np.abs(slopes[best] * y + shifts[best] - g) <= limit
         if close.mean() <= 0.5 or np.ptp(y[close]) == 0:
             break
@@ -155,7 +157,7 @@ def truncated_l1(y: np.ndarray, g: np.ndarray, w: np.ndarray) -> tuple[float, fl
     """
     a, b, inside = ransac(y, g, w)
     residuals = a * y + b - g
-    limit = max(3 * deviation(residuals[inside], w[inside]), 1e-9 * np.abs(g).max())
+    limit = max(3 * deviation(residuals[inside]), 1e-9 * np.abs(g).max())
     for _ in range(50):
         size = np.abs(a * y + b - g)
         inside = size <= limit

@@ -123,10 +123,10 @@ def test_real_pairs_agree_with_independent_least_squares(name):
 
 def test_truncated_l1_is_a_minimum_that_no_line_through_two_points_beats():
     rng = np.random.default_rng(3)
-    y = rng.uniform(0, 4, 40)
-    g = 1.7 * y + 0.4 + rng.laplace(0, 0.05, 40)
-    g[:12] = rng.uniform(0, 9, 12)
-    w = rng.uniform(0.5, 2, 40)
+    y = rng.uniform(0, 4, 60)
+    g = 1.7 * y + 0.4 + rng.laplace(0, 0.05, 60)
+    g[:24] += rng.uniform(1, 4, 24)  # all on one side: they would pull a plain L1 fit
+    w = rng.uniform(0.5, 2, 60)
     a, b, inside = truncated_l1(y, g, w)
     limit = np.abs(a * y + b - g)[inside].max()
 
@@ -134,10 +134,11 @@ def test_truncated_l1_is_a_minimum_that_no_line_through_two_points_beats():
         return (w * np.minimum(np.abs(a * y + b - g), limit)).sum()
 
     lines = []
-    for i, j in itertools.combinations(range(40), 2):  # an L1 optimum runs through two points
+    for i, j in itertools.combinations(range(60), 2):  # an L1 optimum runs through two points
         slope = (g[i] - g[j]) / (y[i] - y[j])
         lines.append(cost(slope, g[i] - slope * y[i]))
-    assert cost(a, b) <= min(lines) * 1.01
+    assert cost(a, b) <= min(lines) * 1.002
+    assert not inside[:24].any() and inside[24:].mean() > 0.8
 
 
 @pytest.mark.parametrize(
@@ -172,24 +173,24 @@ def test_a_disparity_that_becomes_negative_is_unknown_and_sky_stays():
 
 @pytest.mark.parametrize("space", AFFINE)
 def test_uncertainty_agrees_with_sampling_the_teacher_and_the_fit(space):
-    """Laplace scale of log depth against 4000 draws of y, a and b and no first-order formula."""
+    """Laplace scale of log depth against 20 000 draws of y, a and b and no first-order formula."""
     rng = np.random.default_rng(4)
-    depth_m = np.array([[1.0, 2.0, 4.0]])
+    depth_m = np.array([[0.7, 2.0, 4.0]])
     y = planted(depth_m, space, a=2.0, b=0.05)
-    own = np.full(y.shape, 0.002)
+    own = np.full(y.shape, 0.001)
     anchor_m = scene(2)
-    noisy = planted(anchor_m, space, a=2.0, b=0.05) + rng.normal(0, 1e-3, anchor_m.shape)
-    few = np.where(rng.random(anchor_m.shape) < 0.02, anchor_m, np.nan)
+    noisy = planted(anchor_m, space, a=2.0, b=0.05) + rng.normal(0, 2e-3, anchor_m.shape)
+    few = np.where(rng.random(anchor_m.shape) < 0.008, anchor_m, np.nan)
     found = fit(noisy, few, space=space, method="least-squares")
     got = apply(affine(y, space, own), found).uncertainty
     matrix = np.array([found.covariance[:2], found.covariance[1:]])
-    a, b = rng.multivariate_normal([found.a, found.b], matrix, 4000).T[..., None, None]
-    drawn = y + rng.laplace(0, own, (4000, *y.shape))
-    g = a * drawn + b + rng.laplace(0, found.spread, (4000, 1, 1))
+    a, b = rng.multivariate_normal([found.a, found.b], matrix, 20_000).T[..., None, None]
+    drawn = y + rng.laplace(0, own, (20_000, *y.shape))
+    g = a * drawn + b + rng.laplace(0, found.spread, (20_000, 1, 1))
     inverse = {"affine depth": lambda v: v, "affine disparity": lambda v: 1 / v}
     inverse |= {"affine log depth": np.exp, "affine sqrt depth": np.square}
     want = np.log(inverse[space](g)).std(0) / np.sqrt(2)  # a Laplace scale is std / sqrt 2
-    np.testing.assert_allclose(got, want, rtol=0.08)
+    np.testing.assert_allclose(got, want, rtol=0.04)
     assert found.covariance[0] > 0 and found.spread > 0
 
 
@@ -215,6 +216,19 @@ def test_a_trusted_anchor_point_weighs_more():
     assert found.a == pytest.approx(2, rel=1e-3)
     # sigma of z is sqrt(2) b z, its inverse square the weight
     assert weights[5, 5] == pytest.approx(1 / (2 * 0.01**2 * z[5, 5] ** 2))
+
+
+def test_an_anchor_that_is_wrong_and_sure_of_it_does_not_rule_the_fit():
+    """A third of the points ten times too far: unbounded weights in disparity would follow them."""
+    depth_m = scene(3)
+    y = planted(depth_m, Space.AFFINE_DISPARITY, a=1.5, b=0.02)
+    y = y * np.exp(np.random.default_rng(8).normal(0, 0.01, y.shape))
+    anchor_m = np.where(np.random.default_rng(7).random(y.shape) < 0.33, 10 * depth_m, depth_m)
+    sure = np.full(y.shape, 0.02)
+    weights = weights_of(anchor_m, sure, space=Space.AFFINE_DISPARITY)
+    found = fit(y, anchor_m, space=Space.AFFINE_DISPARITY, weights=weights)
+    metric = apply(affine(y, Space.AFFINE_DISPARITY), found).values
+    assert np.abs(metric / depth_m - 1).mean() < 0.03
 
 
 @pytest.mark.parametrize("space", AFFINE)

@@ -172,14 +172,14 @@ def test_tum_pairs_by_time(tmp_path):
 def test_sun_rgbd_turns_its_bits_back(tmp_path):
     room = tmp_path / "kv2" / "kinect2data" / "000002_2014-05-26"
     photo(room / "image" / "0000103.jpg")
-    millimetres = ramp(lowest=1000, step=10)  # 0..8191 fit in 13 bits; beyond, the top wraps round
+    millimetres = ramp(lowest=1000, step=400)  # beyond 8191 all 16 bits are in use
     stored = np.array(
         [[int(f"{v:016b}"[3:] + f"{v:016b}"[:3], 2) for v in row] for row in millimetres]
     )
     deep(room / "depth" / "other-name.png", stored)
     (room / "intrinsics.txt").write_text("529.5 0 365 \n0 529.6 265 \n0 0 1 \n")
     depth_m, camera, _ = answer_of("sunrgbd", tmp_path)
-    check_ramp(depth_m, first_m=1.0, step_m=0.01)
+    check_ramp(depth_m, first_m=1.0, step_m=0.4)
     assert (camera.fx, camera.fy, camera.cx, camera.cy) == (529.5, 529.6, 365, 265)
 
 
@@ -403,16 +403,16 @@ class FocalTeacher:
 
     tasks = (Task.DEPTH,)
 
-    def __init__(self):
-        pass
+    def __init__(self, *, always=False):
+        self.always = always
 
     def describe(self):
-        return {"name": "focal"}
+        return {"name": "focal", "always": self.always}
 
     def answer(self, queries, tasks):
         def one(query):
             depth_m = np.full(query.image.shape[:2], 2.0, np.float32)
-            known = query.camera.source != "assumed"
+            known = query.camera.source != "assumed" and not self.always
             focal_px = query.camera.fx if known else 77.0
             about = {"focal_px": focal_px, "focal_source": "camera" if known else "model"}
             return Answer(task=Task.DEPTH, space=Space.METRIC, values=depth_m, extras=about)
@@ -424,12 +424,14 @@ def test_known_and_estimated_cameras_reach_the_label(tmp_path):
     (tmp_path / "data").mkdir()
     write_pairs(tmp_path / "data")
     photo(tmp_path / "data" / "b.jpg", seed=4)
-    run(f"pairs:{tmp_path / 'data'}", tmp_path / "set", {"name": "test_folder:FocalTeacher"})
-    stored = LabelSet(tmp_path / "set")
-    cameras = {row["uri"]: stored.camera(row["key"]) for row in stored.rows}
-    assert (cameras["a.jpg"].source, cameras["a.jpg"].fx) == ("known", 50)
-    assert (cameras["b.jpg"].source, cameras["b.jpg"].fx) == ("estimated", 77)
-    assert cameras["b.jpg"].cx == 19.5
+    for always in (False, True):
+        teacher = {"name": "test_folder:FocalTeacher", "always": always}
+        run(f"pairs:{tmp_path / 'data'}", tmp_path / f"set{always}", teacher)
+        stored = LabelSet(tmp_path / f"set{always}")
+        cameras = {row["uri"]: stored.camera(row["key"]) for row in stored.rows}
+        assert (cameras["a.jpg"].source, cameras["a.jpg"].fx) == ("known", 50)
+        assert (cameras["b.jpg"].source, cameras["b.jpg"].fx) == ("estimated", 77)
+        assert cameras["b.jpg"].cx == 19.5
 
 
 def test_every_anchor_and_layout_is_reachable_from_the_command(tmp_path):
@@ -446,24 +448,88 @@ def test_every_anchor_and_layout_is_reachable_from_the_command(tmp_path):
         assert values.teacher.root == "/data/x" and values.teacher.layout in LAYOUTS
 
 
-@pytest.mark.skipif(not RGBD.is_dir(), reason="no ../shared/rgbd on this machine")
-def test_real_pairs_become_a_truth_set_and_anchor_an_affine_teacher(tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(RGBD, data)
-    facts = {
-        "redwood_*": {"units_per_m": 1000, "camera": [525, 525, 319.5, 239.5]},
-        "nyu_*": {"units_per_m": 1000, "camera": [518.858, 519.47, 325.582, 253.736]},
-        "tum_*": {"units_per_m": 5000, "camera": [520.9, 521, 325.1, 249.7]},
-        "kitti_*": {"units_per_m": 256, "camera": [707.049, 707.049, 604.081, 180.507]},
-    }
-    data.chmod(0o755)
-    (data / "pairs.json").write_text(json.dumps(facts))
-    folder = {"name": "folder", "layout": "pairs", "root": str(data)}
-    done = run(data, tmp_path / "truth", folder, max_side=320)
+FACTS = {
+    "redwood_*": {"units_per_m": 1000, "camera": [525, 525, 319.5, 239.5]},
+    "nyu_*": {"units_per_m": 1000, "camera": [518.858, 519.47, 325.582, 253.736]},
+    "tum_*": {"units_per_m": 5000, "camera": [520.9, 521, 325.1, 249.7]},
+    "kitti_*": {"units_per_m": 256, "camera": [707.049, 707.049, 604.081, 180.507]},
+}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A truth set of the six real pairs, longer side 320 px, and the folder they lie in."""
+    if not RGBD.is_dir():
+        pytest.skip("no ../shared/rgbd on this machine")
+    root = tmp_path_factory.mktemp("real")
+    (root / "data").mkdir()
+    for path in RGBD.glob("*.*g"):
+        shutil.copyfile(path, root / "data" / path.name)
+    (root / "data" / "pairs.json").write_text(json.dumps(FACTS))
+    folder = {"name": "folder", "layout": "pairs", "root": str(root / "data")}
+    done = run(root / "data", root / "truth", folder, max_side=320)
     assert (done["labelled"], done["rejected"]) == (6, 0)
-    rows = {row["uri"]: row for row in LabelSet(tmp_path / "truth").rows}
+    return root
+
+
+def test_real_pairs_become_a_truth_set(real):
+    truth = LabelSet(real / "truth")
+    rows = {row["uri"]: row for row in truth.rows}
     assert 0.1 < rows["kitti_050.png"]["depth_coverage"] < 0.3
     assert 5 < rows["kitti_050.png"]["depth_m_p50"] < 30
     assert all(0.5 < rows[name]["depth_m_p50"] < 6 for name in rows if "kitti" not in name)
-    truth = LabelSet(tmp_path / "truth")
     assert {truth.camera(key).source for key in truth.keys} == {"known"}
+    camera = truth.camera(rows["kitti_050.png"]["key"])
+    assert camera.width == 320 and camera.fx == pytest.approx(707.049 * 320 / 1242)
+
+
+class SensorTeacher:
+    """The sensor's own disparity, bent by a smooth 3 % error and stripped of scale and shift."""
+
+    tasks = (Task.DEPTH,)
+
+    def __init__(self, *, root):
+        self.sensor = load_teacher(name="folder", layout="pairs", root=root)
+
+    def describe(self):
+        return {"name": "sensor"}
+
+    def answer(self, queries, tasks):
+        answers = self.sensor.answer(queries, tasks)
+        for one in answers:
+            depth_m = one[Task.DEPTH].values
+            rows, columns = np.indices(depth_m.shape) / 40
+            bent = (1 + 0.03 * np.sin(rows) * np.cos(columns)) / depth_m
+            values = (bent.astype(np.float32) - 0.05) / 3
+            space = Space.AFFINE_DISPARITY
+            one[Task.DEPTH] = Answer(task=Task.DEPTH, space=space, values=values)
+        return answers
+
+
+def test_detail_from_an_affine_teacher_and_scale_from_sensor_points(real, tmp_path):
+    """300 sensor points per image, 40 % of them wrong, make the real images metric again."""
+    rng = np.random.default_rng(0)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    oracle = load_teacher(name="folder", layout="pairs", root=str(real / "data"))
+    for name in open_source(f"pairs:{real / 'data'}").list():
+        shutil.copyfile(real / "data" / name, photos / name)
+        image = np.asarray(Image.open(photos / name).convert("RGB"))
+        camera = Camera.assumed(image.shape[1], image.shape[0])
+        query = Query(key="k", image=image, camera=camera, uri=name)
+        depth_m = oracle.answer([query], [Task.DEPTH])[0][Task.DEPTH].values
+        known = np.argwhere(np.isfinite(depth_m))
+        rows, columns = known[rng.choice(len(known), 300, replace=False)].T
+        z = depth_m[rows, columns].astype(np.float64)
+        z[:120] *= rng.uniform(0.3, 3, 120)
+        np.savetxt(photos / f"{Path(name).stem}.points.txt", np.stack([columns, rows, z], 1))
+    anchor = {"name": "folder", "layout": "pairs", "root": str(photos)}
+    teacher = {"name": "test_folder:SensorTeacher", "root": str(real / "data")}
+    align = {"method": "ransac", "max_residual": 0.2}
+    run(photos, tmp_path / "set", teacher, anchor=anchor, align=align, max_side=320)
+    truth, stored = LabelSet(real / "truth"), LabelSet(tmp_path / "set")
+    assert len(stored) == 6
+    for one in stored:
+        sensor_m = truth[one.key].values[Task.DEPTH]
+        off = np.abs(one.values[Task.DEPTH] / sensor_m - 1)
+        assert np.nanmean(off) < 0.04  # the bend itself is 1.2 % on average
