@@ -279,6 +279,9 @@ class WarpTeacher:
         return answers
 
 
+WARP = {"name": "test_folder:WarpTeacher"}
+
+
 def run(images, out, teacher, **changes):
     values = yaml.safe_load((ROOT / "conf" / "label.yaml").read_text())
     del values["defaults"]
@@ -446,6 +449,17 @@ def test_every_anchor_and_layout_is_reachable_from_the_command(tmp_path):
             "label", ["teacher=folder", "teacher.layout=tum", "images=/data/x", "out=y"]
         )
         assert values.teacher.root == "/data/x" and values.teacher.layout in LAYOUTS
+
+
+def test_the_terms_of_a_data_set_travel_and_can_be_refused(tmp_path):
+    frames = tmp_path / "Scene01" / "clone" / "frames"
+    photo(frames / "rgb" / "Camera_0" / "rgb_00001.jpg")
+    deep(frames / "depth" / "Camera_0" / "depth_00001.png", ramp())
+    anchor = {"name": "folder", "layout": "vkitti2", "root": str(tmp_path)}
+    licence = {"images": "CC0-1.0", "refuse": ["non-commercial"]}
+    for options in ({"teacher": anchor}, {"teacher": WARP, "anchor": anchor}):
+        with pytest.raises(UsageError, match=r"vkitti2"):
+            run(tmp_path, tmp_path / "set", licence=licence, **options)
 
 
 FACTS = {

@@ -91,7 +91,8 @@ class FolderTeacher:
 
     def describe(self) -> dict[str, Any]:
         """Pinned by names and sizes of the depth files; their bytes are not hashed."""
-        return {"name": "folder", "layout": self.name, **self._facts}
+        data = {"role": "depth data", "name": self.name, "licence": self.layout.licence}
+        return {"name": "folder", "layout": self.name, "licences": [data], **self._facts}
 
     def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
         """Depth per query, found by the image's name; without a file all unknown, with a reason."""

@@ -40,6 +40,7 @@ class Layout:
             image, z metres).
         camera: image path -> fx, fy, cx, cy of the image in its own pixels, if the data set says.
         depth_camera: the same of the depth file, where that is a camera of its own.
+        licence: the data set's terms as commonly stated; "" not known.
     """
 
     images: tuple[str, ...]
@@ -47,6 +48,7 @@ class Layout:
     metres: Callable[[Path, Path], np.ndarray]
     camera: Callable[[Path], K4 | None] = lambda image: None
     depth_camera: Callable[[Path], K4 | None] = lambda image: None
+    licence: str = ""
 
 
 def size_of(image: Path) -> tuple[int, int]:
@@ -244,6 +246,7 @@ LAYOUTS: dict[str, Layout] = {
         camera=lambda image: NYU,
     ),
     "kitti": Layout(
+        licence="CC-BY-NC-SA-3.0",
         images=("*/*/image_0[23]/data/*.png", "*/*/image_0[23]/data/*.jpg"),
         depth=_kitti_depth,
         metres=scaled(256),
@@ -256,18 +259,21 @@ LAYOUTS: dict[str, Layout] = {
         camera=lambda image: (886.81, 927.06, 512.0, 384.0),
     ),
     "hypersim": Layout(
+        licence="CC-BY-SA-3.0",
         images=("**/images/*_final_preview/*.tonemap.jpg",),
         depth=_hypersim_depth,
         metres=_hypersim_metres,
         camera=lambda image: _centred(HYPERSIM_FOCAL * size_of(image)[0], image),
     ),
     "vkitti2": Layout(
+        licence="CC-BY-NC-SA-3.0",
         images=("**/frames/rgb/Camera_*/rgb_*.jpg",),
         depth=_vkitti_depth,
         metres=scaled(100, sky=65535),
         camera=_vkitti_camera,
     ),
     "scannet": Layout(
+        licence="ScanNet Terms of Use (non-commercial)",
         images=("*/color/*.jpg",),
         depth=lambda image: _renamed(image, "color", "depth", ".png"),
         metres=scaled(1000),
@@ -275,7 +281,11 @@ LAYOUTS: dict[str, Layout] = {
         depth_camera=_scannet_camera("depth"),
     ),
     "tum": Layout(
-        images=("**/rgb/*.png",), depth=_tum_depth, metres=scaled(5000), camera=_tum_camera
+        licence="CC-BY-4.0",
+        images=("**/rgb/*.png",),
+        depth=_tum_depth,
+        metres=scaled(5000),
+        camera=_tum_camera,
     ),
     "sunrgbd": Layout(
         images=("**/image/*.jpg", "**/image/*.png"),

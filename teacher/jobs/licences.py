@@ -81,7 +81,16 @@ KNOWN: dict[str, str] = {
     "nvidia/c-radiov4": "NVIDIA Open Model License",
 }
 # code of the teachers that this project ships
-OWN_CODE = ("mini", "truth", "marigold", "lotus", "lotus2", "depth_pro", "depth_anything")
+OWN_CODE = (
+    "mini",
+    "truth",
+    "folder",
+    "marigold",
+    "lotus",
+    "lotus2",
+    "depth_pro",
+    "depth_anything",
+)
 SPEAKING = ("licence", "license")
 
 
