@@ -133,7 +133,7 @@ def estimated(camera: Camera, answer: Answer) -> Camera:
     Depth in metres and the focal length it was computed with belong together.
     """
     focal_px = answer.extras.get("focal_px")
-    if camera.source != "assumed" or focal_px is None or answer.extras["focal_source"] != "model":
+    if camera.source != "assumed" or focal_px is None or answer.extras.get("focal_source") != "model":
         return camera
     return dataclasses.replace(camera, fx=focal_px, fy=focal_px, source="estimated")
 
