@@ -99,7 +99,7 @@ def test_onnx_agrees_with_torch(exported, n):
     assert list(found) == [o for o in expected if o != "semantic_logits"]
     for name, values in found.items():
         assert values.dtype == expected[name].dtype and values.shape == expected[name].shape
-        assert np.quantile(gap(name, values, expected[name]), 0.999) < 1e-4, name
+        assert np.quantile(gap(name, values, expected[name]), 0.999) < 1e-3, name
     assert set(np.unique(found["semantic"])) <= set(CLASSES) and np.ptp(found["semantic"]) > 0
 
 
