@@ -133,7 +133,8 @@ def estimated(camera: Camera, answer: Answer) -> Camera:
     Depth in metres and the focal length it was computed with belong together.
     """
     focal_px = answer.extras.get("focal_px")
-    if camera.source != "assumed" or focal_px is None or answer.extras.get("focal_source") != "model":
+    by_model = answer.extras.get("focal_source") == "model"
+    if camera.source != "assumed" or focal_px is None or not by_model:
         return camera
     return dataclasses.replace(camera, fx=focal_px, fy=focal_px, source="estimated")
 
