@@ -102,7 +102,7 @@ class MiniGenerator:
         card_path = weights.with_suffix(".json")
         if not weights.exists() or not card_path.exists():
             raise UsageError(
-                f"mini teacher: {weights} (with its .json card) not found; the package ships one,"
+                f"mini teacher: {weights} (with its .json card) not found; none is shipped yet,"
                 " `distill tune` makes another"
             )
         card = json.loads(card_path.read_text())
