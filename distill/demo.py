@@ -30,6 +30,7 @@ def demo(
         known = [f"teacher.labels={images}"] if teacher == "truth" else []
         return [f"teacher={teacher}", *known, f"images={images}"]
 
+    exact = [] if teacher == "truth" else [f"truth={held_out}"]  # its labels are the truth
     student = f"{root}/student/student.safetensors"
     labels, held_out_labels = f"{root}/labels", f"{root}/labels-held-out"
     steps: list[tuple[str, list[str]]] = [
@@ -39,7 +40,7 @@ def demo(
         ("label", [*asked(held_out), f"out={held_out_labels}"]),
         ("train", [f"data={labels}", f"out={root}/student", f"trainer.minutes={minutes}", *size]),
         ("export", [f"checkpoint={student}", f"out={root}/export"]),
-        ("verify", [f"export={root}/export", f"labels={held_out_labels}", f"truth={held_out}"]),
+        ("verify", [f"export={root}/export", f"labels={held_out_labels}", *exact]),
     ]
     for number, (verb, overrides) in enumerate(steps, 1):
         print(f"[{number}/{len(steps)}] distill {verb} {' '.join(overrides)}", flush=True)
