@@ -46,5 +46,8 @@ def demo(
         print(f"[{number}/{len(steps)}] distill {verb} {' '.join(overrides)}", flush=True)
         result = run_verb(verb, overrides)
         print(f"      {result['summary']}", flush=True)
+    folder = root / "export" / "verify"
+    print("\n" + (folder / "report.md").read_text())
     wall_s = time.monotonic() - started
-    return {**result, "summary": f"demo: {wall_s:.0f} s; {result['summary']}", "wall_s": wall_s}
+    summary = f"demo: {wall_s:.0f} s; {result['summary']}\nreport: {folder / 'report.html'}"
+    return {**result, "summary": summary, "wall_s": wall_s}
