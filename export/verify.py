@@ -204,7 +204,8 @@ def find_references(
     folder: Path,
 ) -> list[Reference]:
     """Whose answers everything is scored against: teacher, truth, or both."""
-    own = "truth" if held_out.meta.get("teacher", {}).get("name") == "truth" else "teacher"
+    asked = held_out.meta.get("teacher", {}).get("name")
+    own = "truth" if asked in ("truth", "folder") else "teacher"
     given = {"teacher": teacher, "truth": truth}
     if given[own] is not None:
         if own == "truth" and truth == str(held_out.path):
