@@ -129,7 +129,7 @@ def test_saved_weights_come_back_and_the_card_is_checked(net, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps({**card, "network": {**TINY, "width": 64}}))
     with pytest.raises(UsageError, match="does not fit the card"):
         MiniGenerator.from_pretrained(path)
-    with pytest.raises(UsageError, match="not found; the package ships one"):
+    with pytest.raises(UsageError, match="not found; none is shipped yet"):
         MiniGenerator.from_pretrained(tmp_path / "none.safetensors")
 
 
