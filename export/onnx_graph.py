@@ -212,8 +212,9 @@ def export_student(
         raise UsageError(f"batch={batch}: expected null (any number of images) or at least 1.")
     if focal_px is not None and not focal_px > 0:
         raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
-    source, folder = Path(checkpoint), _open_folder(Path(out))
+    source = Path(checkpoint)
     load_student(source)  # refused before anything is written
+    folder = _open_folder(Path(out))
     reference = folder / REFERENCE
     if reference.resolve() != source.resolve():
         replace_atomically(reference, source.read_bytes())

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from test_jobs import run, same_shards, write_photos
@@ -81,9 +82,20 @@ def ray_job(photos: Path, out: Path, *, pause_s: float) -> list[str]:
     return [sys.executable, "-W", "ignore", "-c", code]
 
 
-def actor_pids() -> list[int]:
-    found = subprocess.run(["pgrep", "-f", "ray::.*ShardActor"], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+def cluster_of(out: Path) -> list[psutil.Process]:
+    """Ray's processes of this very test: they inherit its mark; other clusters are not ours."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("DISTILL_TEST_OUT") == str(out):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def actor_pids(out: Path) -> list[int]:
+    return [p.pid for p in cluster_of(out) if "ShardActor" in " ".join(p.cmdline())]
 
 
 def wait_for(condition, *, what: str, job: subprocess.Popen, seconds: float = 240) -> None:
@@ -97,18 +109,19 @@ def wait_for(condition, *, what: str, job: subprocess.Popen, seconds: float = 24
 @pytest.mark.slow
 @pytest.mark.usefixtures("path_with_distill")
 @pytest.mark.parametrize("victim", ["actor", "driver"])
-def test_ray_survives_kill_9_of_an_actor_and_of_the_driver(tmp_path, victim):
+def test_ray_survives_kill_9_of_an_actor_and_of_the_driver(tmp_path, monkeypatch, victim):
     photos = write_photos(tmp_path / "photos", n=11)
     out = tmp_path / "set"
     command = ray_job(photos, out, pause_s=0.5)
+    monkeypatch.setenv("DISTILL_TEST_OUT", str(out))
     job = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         wait_for(lambda: list(out.glob("shard-*.json")), what="first seal", job=job)
         if victim == "actor":
-            wait_for(actor_pids, what="actor", job=job)
-            os.kill(actor_pids()[0], signal.SIGKILL)
+            wait_for(lambda: actor_pids(out), what="actor", job=job)
+            os.kill(actor_pids(out)[0], signal.SIGKILL)
             text = job.communicate(timeout=300)[0]
             assert job.returncode == 0, text
         else:
@@ -118,7 +131,8 @@ def test_ray_survives_kill_9_of_an_actor_and_of_the_driver(tmp_path, victim):
             done = subprocess.run(command, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, done.stdout + done.stderr
     finally:
-        subprocess.run(["pkill", "-9", "-f", "ray::|raylet|gcs_server"], check=False)
+        for process in cluster_of(out):
+            process.kill()
     run(photos, tmp_path / "one", shard_size=2, batch_size=2)
     same_shards(tmp_path / "one", out)
     assert LabelSet(out).verify() == 11
