@@ -10,7 +10,15 @@ from teacher.errors import UsageError
 from teacher.generators.mini_generator import MiniGenerator, draw, key_seed, noise_for, text_batch
 from teacher.generators.mini_net import Features, MiniNet
 
-TINY = {"channels": 8, "width": 32, "blocks": 2, "heads": 2, "text_width": 16, "text_layers": 1}
+TINY = {
+    "channels": 8,
+    "width": 32,
+    "image_blocks": 1,
+    "blocks": 2,
+    "heads": 2,
+    "text_width": 16,
+    "text_layers": 1,
+}
 CARD = {"network": TINY, "size": [24, 32], "focal_px": 25.0, "classes": {}, "things": []}
 
 
@@ -80,7 +88,7 @@ def test_pointing_paints_exactly_the_prompts_colours(net):
     x = torch.randn(1, 20, 8, 8)
     x[:, 3] = 50.0
     x[:, 4:] = 1e4 * (key - net.colour_key(tokens[0, text.colour_at[0, 0]]))[None, :, None, None]
-    painted = net._paint(x, tokens, text)
+    painted = net.paint(x, tokens, text)
     expected = torch.tensor([-1.0, -1.0, 1.0])[None, :, None, None].expand_as(painted)
     assert torch.allclose(painted, expected, atol=1e-5)
 
@@ -88,7 +96,7 @@ def test_pointing_paints_exactly_the_prompts_colours(net):
 def test_without_colours_nothing_is_pointed_at(net):
     text = text_batch(["depth map"], max_tokens=120, device=torch.device("cpu"))
     x = torch.randn(1, 20, 8, 8)
-    assert torch.equal(net._paint(x, net.text(text)[0], text), x[:, :3])
+    assert torch.equal(net.paint(x, net.text(text)[0], text), x[:, :3])
 
 
 def test_the_flow_ends_where_the_last_estimate_points(net, monkeypatch):

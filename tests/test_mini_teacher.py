@@ -18,7 +18,15 @@ from teacher.generators.mini_generator import MiniGenerator
 from teacher.generators.mini_net import MiniNet
 from teacher.label import Label, Space, Task, validate
 
-TINY = {"channels": 8, "width": 32, "blocks": 2, "heads": 2, "text_width": 16, "text_layers": 1}
+TINY = {
+    "channels": 8,
+    "width": 32,
+    "image_blocks": 1,
+    "blocks": 2,
+    "heads": 2,
+    "text_width": 16,
+    "text_layers": 1,
+}
 H, W = 48, 64
 FOCAL_PX = 50.0
 ALL = list(Task)

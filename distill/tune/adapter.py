@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.tune.pairs import Batch
+from distill.tune.scenes_cache import NO_CLASS
 from teacher import prompts
 from teacher.generators.mini_generator import MiniGenerator, draw, text_batch
-from teacher.generators.mini_net import Features, MiniNet
+from teacher.generators.mini_net import Features, MiniNet, Text
 from teacher.prompts import KINDS
 
 HUBER = 0.1  # RGB distance (of [-1, 1]) below which the robust loss is quadratic
-MSE_SHARE, TASK_SHARE = 0.25, 0.05
+MSE_SHARE, TASK_SHARE, POINT_SHARE, SIGHT_SHARE = 0.25, 0.05, 0.1, 0.3
 UNKNOWN_PER_BATCH = 8
 
 
@@ -52,17 +53,44 @@ class Generator(Protocol):
         ...
 
 
+class Sight(nn.Module):
+    """Reads depth, normals and classes straight off the image encoder, while it is being trained.
+
+    Deep supervision (Lee et al., arXiv 1409.5185): every image teaches the encoder all it shows,
+    not only what its prompts happen to ask. It is thrown away with the optimiser.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """``channels`` of the encoder's features at 1/4."""
+        super().__init__()
+        self.read = nn.Conv2d(channels, 1 + 3 + NO_CLASS, 1)
+
+    def forward(self, quarter: Tensor, batch: Batch) -> Tensor:
+        """Features [B, C, H/4, W/4] -> scalar loss: |log depth|, 1 - cos of normals, classes."""
+        read = self.read(quarter).float()
+        far = batch.log_depth.isfinite()
+        depth = (read[:, 0] - batch.log_depth.nan_to_num()).abs()[far]
+        surface = batch.normals.square().sum(1) > 0.25
+        cosine = F.cosine_similarity(read[:, 1:4], batch.normals, dim=1)[surface]
+        known = batch.semantic != NO_CLASS
+        classes = F.cross_entropy(read[:, 4:].permute(0, 2, 3, 1)[known], batch.semantic[known])
+        return depth.sum() / far.sum().clamp_min(1) + (1 - cosine).sum() / surface.sum().clamp_min(
+            1
+        ) + classes.nan_to_num()  # fmt: skip
+
+
 class MiniAdapter:
     """`Generator` for `MiniNet`."""
 
     def __init__(self, sizes: dict[str, int] | None = None) -> None:
         """``sizes`` are `MiniNet` arguments that differ from its defaults."""
         self.sizes = dict(sizes or {})
-        self.network = MiniNet(**self.sizes).to(memory_format=torch.channels_last)
+        self.net = MiniNet(**self.sizes).to(memory_format=torch.channels_last)
+        self.sight = Sight(self.net.null[1].numel())
+        self.network = nn.ModuleDict({"net": self.net, "sight": self.sight})
 
-    def _features(self, batch: Batch) -> Features:
-        net = self.network
-        encoded = net.encode_image(batch.image).select(batch.owner)
+    def _features(self, batch: Batch, seen: Features) -> Features:
+        net, encoded = self.net, seen.select(batch.owner)
         size = (batch.answer.shape[2], batch.answer.shape[3])
         nothing = net.no_image(size, len(batch.prompts))
         keep = batch.has_image[:, None, None, None]
@@ -70,13 +98,15 @@ class MiniAdapter:
         return Features(*mixed)
 
     def losses(self, batch: Batch, *, step: int) -> Losses:
-        """Robust RGB distance to the answer, plus the task head's cross-entropy.
+        """Robust RGB distance to the answer, plus what makes the network learn it sooner.
 
         Answers to an instruction use sqrt(|e|^2 + c^2) - c over the colour vector, whose minimiser
         is the geometric median: between two possible colours it picks one and never their blend.
-        Pure generation keeps the squared error that the flow is derived from.
+        Pure generation keeps the squared error that the flow is derived from. Added are the task
+        head's cross-entropy, the pointer's (which of the prompt's colours a pixel has is known for
+        semantic answers) and the encoder's own sight (`Sight`).
         """
-        net, device = self.network, batch.answer.device
+        net, device = self.net, batch.answer.device
         rng = torch.Generator().manual_seed(step)
         at = torch.randint(len(prompts.UNKNOWN), (UNKNOWN_PER_BATCH,), generator=rng).tolist()
         free = [prompts.fill(prompts.UNKNOWN[i], _numpy_rng(step, i)) for i in at]
@@ -90,23 +120,41 @@ class MiniAdapter:
         noisy = (1 - s) * batch.answer + s * batch.noise
         own = type(text)(*(t[:n] for t in text))
         prompt = (tokens[:n], sentence[:n], logits[:n])
-        clean = net(noisy, batch.s, prompt, own, self._features(batch))
+        seen = net.encode_image(batch.image)
+        x = net.decode(noisy, batch.s, prompt, own, self._features(batch, seen))
+        clean = net.paint(x, prompt[0], own)
         square = (clean.float() - batch.answer).square().sum(1, keepdim=True)
         robust = (square + HUBER**2).sqrt() - HUBER
         drawing = (batch.kinds == KINDS.index("generate"))[:, None, None, None]
         per_pixel = torch.where(drawing, square, robust + MSE_SHARE * square) * batch.weight
         per_pair = per_pixel.mean((1, 2, 3))
         total = per_pair.mean() + TASK_SHARE * text_loss
+        total = total + POINT_SHARE * self._pointing(x, prompt[0], own, batch)
+        total = total + SIGHT_SHARE * self.sight(seen.quarter, batch)
         return Losses(total, per_pair.detach(), text_loss.detach())
+
+    def _pointing(self, x: Tensor, tokens: Tensor, text: Text, batch: Batch) -> Tensor:
+        """Cross-entropy of pointing at the answer's colour; zero without a semantic pair."""
+        asked = (batch.kinds == KINDS.index("semantic")) & text.colour_mask.any(1)
+        rows = asked.nonzero()[:, 0]
+        if not len(rows):
+            return x.new_zeros((), dtype=torch.float32)
+        scores, rgb = self.net.point(x, tokens, text, rows)
+        answer = batch.answer[rows].flatten(2).transpose(1, 2)
+        gap = torch.cdist(answer, rgb).masked_fill(~text.colour_mask[rows][:, None], torch.inf)
+        known = batch.weight[rows].flatten(1)
+        loss = F.cross_entropy(scores, gap.argmin(2), reduction="none") * known
+        return loss.sum() / known.sum().clamp_min(1)
 
     def draw(self, batch: Batch, *, steps: int) -> Tensor:
         """See `Generator.draw`."""
-        features = self._features(batch)
-        return draw(self.network, batch.prompts, features, batch.noise, steps=steps)
+        features = self._features(batch, self.net.encode_image(batch.image))
+        return draw(self.net, batch.prompts, features, batch.noise, steps=steps)
 
     def save(self, path: str, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """See `Generator.save`."""
-        MiniGenerator.save(path, weights, {"network": self.sizes, **facts})
+        own = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
+        MiniGenerator.save(path, own, {"network": self.sizes, **facts})
 
 
 def _numpy_rng(*seed: int) -> Any:

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.tune.scenes_cache import CODES, NO_CLASS, SKY_CODE, UNKNOWN_CODE, Scenes
+from distill.tune.scenes_cache import (
+    CODES,
+    NO_CLASS,
+    SKY_CODE,
+    UNKNOWN_CODE,
+    Scenes,
+    depth_of_codes_m,
+)
 from teacher import prompts
 from teacher.prompts import KINDS, NOTATIONS, RGB
 
@@ -31,7 +38,9 @@ class Batch:
 
     image [B, 3, H, W]; owner int64 [N], the image of each pair; has_image bool [N]; prompts and
     kinds [N]; answer [N, 3, H, W]; weight [N, 1, H, W], 0 where the truth is unknown;
-    noise [N, 3, H, W]; s [N] in (0, 1].
+    noise [N, 3, H, W]; s [N] in (0, 1]. Truth at every fourth pixel of each image, whatever was
+    asked: log_depth [B, h, w] (NaN unknown or sky), normals [B, 3, h, w] (0 unknown), semantic
+    int64 [B, h, w] (`NO_CLASS` unknown).
     """
 
     image: Tensor
@@ -43,6 +52,9 @@ class Batch:
     weight: Tensor
     noise: Tensor
     s: Tensor
+    log_depth: Tensor
+    normals: Tensor
+    semantic: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
@@ -118,6 +130,8 @@ class Pairs:
         self.share = share / share.sum()
         self.single_step_share, self.colour_map_share = single_step_share, colour_map_share
         self.tables = {name: colour_table(name) for name in prompts.COLOUR_MAPS}
+        with np.errstate(divide="ignore"):
+            self.log_depth = np.log(depth_of_codes_m()).astype(np.float32)
         ids = np.unique(scenes.instance_class)
         self.distractors = [d for d in DISTRACTORS if d not in scenes.classes.values()]
         self.things = [int(i) for i in ids if i != NO_CLASS and int(i) in scenes.classes]
@@ -131,11 +145,12 @@ class Pairs:
         h, w = self.scenes.image.shape[1:3]
         noise = torch.randn(self.batch, 3, h, w, generator=torch_rng)
         mean = (noise.mean((2, 3)) * np.sqrt(h * w)).numpy()
-        images, texts, kinds, answers, weights = [], [], [], [], []
+        images, texts, kinds, answers, weights, truths = [], [], [], [], [], []
         for b, index in enumerate(at):
             mirror = bool(rng.random() < 0.5)
             image = self._augmented(np.asarray(self.scenes.image[index]), mirror, rng)
             images.append(image)
+            truths.append(self._truth(int(index), mirror))
             replace = bool(self.per_image > np.count_nonzero(self.share))
             chosen = rng.choice(len(self.kinds), self.per_image, p=self.share, replace=replace)
             for j, kind in enumerate(self.kinds[c] for c in chosen):
@@ -149,6 +164,9 @@ class Pairs:
         single = torch.rand(self.batch, generator=torch_rng) < self.single_step_share
         kind_ids = torch.tensor(kinds)
         has_image = kind_ids != KINDS.index("generate")
+        log_depth, normals, semantic = (
+            torch.from_numpy(np.stack(part)) for part in zip(*truths, strict=True)
+        )
         return Batch(
             image=torch.from_numpy(np.stack(images)),
             owner=torch.arange(count).repeat_interleave(self.per_image),
@@ -159,7 +177,23 @@ class Pairs:
             weight=torch.from_numpy(np.stack(weights)),
             noise=noise,
             s=torch.where(single, 1.0, s.clamp_min(0.02)),
+            log_depth=log_depth,
+            normals=normals,
+            semantic=semantic,
         )
+
+    def _truth(self, index: int, mirror: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log depth, normals and classes of a scene at every fourth pixel, see `Batch`."""
+        at = (slice(2, None, 4), slice(2, None, 4))
+        flip = slice(None, None, -1) if mirror else slice(None)
+        depth, normals, semantic = (
+            np.asarray(plane[index])[:, flip][at]
+            for plane in (self.scenes.depth, self.scenes.normals, self.scenes.semantic)
+        )
+        normals = normals.astype(np.float32) / 127
+        if mirror:
+            normals[..., 0] *= -1
+        return self.log_depth[depth], _picture(normals), semantic.astype(np.int64)
 
     def _augmented(self, image: np.ndarray, mirror: bool, rng: np.random.Generator) -> np.ndarray:
         """Image as a picture, mirrored or not, with exposure, gamma and white balance jittered."""

@@ -47,7 +47,7 @@ def tune(
     retention: float = 0.08,
     task_weights: dict[str, float] | None = None,
     colour_map_share: float = 0.1,
-    single_step_share: float = 0.35,
+    single_step_share: float = 0.5,
     held_back: float = 0.04,
     validate_every: int = 500,
     max_minutes: float = 0.0,
@@ -194,7 +194,7 @@ def _module(
         sizes, start = dict(source.card["network"]), source.net.state_dict()
     adapter = MiniAdapter(sizes)
     if start is not None:
-        adapter.network.load_state_dict(start)
+        adapter.net.load_state_dict(start)
     return TuneModule(adapter, peak_lr=lr, warmup=warmup, steps=plan.steps, decay=decay, ema=ema)
 
 

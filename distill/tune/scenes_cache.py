@@ -86,6 +86,15 @@ def depth_codes(depth_m: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
     return np.where(np.isnan(depth_m), UNKNOWN_CODE, codes).astype(np.uint16)
 
 
+def depth_of_codes_m() -> np.ndarray:
+    """Depth [m] of each of the 65536 codes, the inverse of `depth_codes`; NaN unknown, sky."""
+    u = np.arange(65536) / CODES
+    with np.errstate(divide="ignore", invalid="ignore"):
+        depth_m = -LAM * C * ((1 - u) ** -0.5 - 1)
+    depth_m[UNKNOWN_CODE], depth_m[CODES:] = np.nan, np.nan
+    return depth_m
+
+
 def _instances(label: Label) -> tuple[np.ndarray, np.ndarray]:
     """Instance ids packed to 1..63 and the class (majority of its pixels) of each."""
     ids = label.values[Task.INSTANCES]

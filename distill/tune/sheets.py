@@ -11,7 +11,6 @@ from PIL import Image
 
 from distill.tune.adapter import Generator
 from distill.tune.pairs import Batch, Pairs
-from distill.tune.scenes_cache import CODES, C
 from teacher.codecs.depth import DepthCodec
 from teacher.codecs.normals import NormalCodec
 from teacher.generators.mini_generator import to_pictures
@@ -19,14 +18,6 @@ from teacher.metrics import depth_metrics, normal_metrics
 from teacher.prompts import KINDS
 
 NEAR_M, FAR_M = 0.3, 40.0
-
-
-def depth_truth_m(codes: np.ndarray) -> np.ndarray:
-    """uint16 depth codes -> metres; NaN where unknown or sky."""
-    u = codes.astype(np.float64) / CODES
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depth_m = 3 * C * ((1 - u) ** -0.5 - 1)
-    return np.where((codes == 0) | (codes >= CODES), np.nan, depth_m).astype(np.float32)
 
 
 def pictures_of(generator: Generator, batch: Batch, *, steps: int) -> np.ndarray:

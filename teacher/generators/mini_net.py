@@ -41,7 +41,7 @@ class Text(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the image encoder keeps: [B, c, H/2, W/2], [B, 2c, H/4, W/4], [B, 4c, H/8, W/8]."""
+    """What the image encoder keeps: [B, c, H/2, W/2], [B, 2c, H/4, W/4], [B, width, H/8, W/8]."""
 
     half: Tensor
     quarter: Tensor
@@ -86,28 +86,6 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(y)))
 
 
-class ImageEncoder(nn.Module):
-    """Image -> features at 1/2, 1/4, 1/8. Nothing of task, noise or time enters."""
-
-    def __init__(self, channels: int) -> None:
-        """``channels`` at 1/2; doubled at every halving."""
-        super().__init__()
-        c = channels
-        self.stem = nn.Conv2d(12, c, 3, padding=1)
-        self.block2 = ResBlock(c)
-        self.down4 = nn.Conv2d(c, 2 * c, 2, stride=2)
-        self.blocks4 = nn.Sequential(ResBlock(2 * c), ResBlock(2 * c))
-        self.down8 = nn.Conv2d(2 * c, 4 * c, 2, stride=2)
-        self.blocks8 = nn.Sequential(ResBlock(4 * c), ResBlock(4 * c))
-
-    def forward(self, image: Tensor) -> Features:
-        """[B, 3, H, W] in [-1, 1] -> `Features`."""
-        x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
-        half = self.block2(self.stem(x))
-        quarter = self.blocks4(self.down4(half))
-        return Features(half, quarter, self.blocks8(self.down8(quarter)))
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, gain: Tensor, mask: Tensor | None = None) -> Tensor:
     """Multi-head attention [B, N, D] x [B, M, D] -> [B, N, D]; mask bool [B, M], True = visible.
 
@@ -150,7 +128,7 @@ class Block(nn.Module):
         self.cross_gate = nn.Parameter(torch.full((width,), GATE)) if text_width else None
 
     def forward(
-        self, x: Tensor, modulation: Tensor | None, text: Tensor | None, mask: Tensor
+        self, x: Tensor, modulation: Tensor | None, text: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """Tokens [B, N, D]; modulation [B, 6, D] (scale, shift, gate, twice); text [B, T, Dt]."""
         m = self.modulation if modulation is None else self.modulation + modulation
@@ -168,6 +146,48 @@ class Block(nn.Module):
             )
         y = _plain_norm(x) * (1 + m[:, 3]) + m[:, 4]
         return x + _plain_norm(self.down(F.gelu(self.up(y)))) * (GATE + m[:, 5])
+
+
+class ImageEncoder(nn.Module):
+    """Image -> features at 1/2, 1/4, 1/8. Nothing of task, noise or time enters.
+
+    Most of the network's sight is here, because it runs once per image: convolutions down to 1/8,
+    transformer blocks there, and a way back up, so that the fine features know the whole picture.
+    """
+
+    def __init__(self, channels: int, width: int, *, blocks: int, heads: int) -> None:
+        """``channels`` at 1/2, twice that at 1/4, ``width`` at 1/8."""
+        super().__init__()
+        c = channels
+        self.stem = nn.Conv2d(12, c, 3, padding=1)
+        self.block2 = ResBlock(c)
+        self.down4 = nn.Conv2d(c, 2 * c, 2, stride=2)
+        self.blocks4 = nn.Sequential(ResBlock(2 * c), ResBlock(2 * c))
+        self.down8 = nn.Conv2d(2 * c, 4 * c, 2, stride=2)
+        self.block8 = ResBlock(4 * c)
+        self.widen = nn.Conv2d(4 * c, width, 1)
+        self.position = nn.Linear(24, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.up4 = nn.Conv2d(width, 8 * c, 1)
+        self.merge4 = nn.Sequential(ResBlock(2 * c), ResBlock(2 * c))
+        self.up2 = nn.Conv2d(2 * c, 4 * c, 1)
+        self.merge2 = ResBlock(c)
+
+    def forward(self, image: Tensor) -> Features:
+        """[B, 3, H, W] in [-1, 1] -> `Features`."""
+        x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
+        half = self.block2(self.stem(x))
+        quarter = self.blocks4(self.down4(half))
+        x = self.widen(_norm(self.block8(self.down8(quarter))))
+        hh, ww = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2) + self.position(_places(hh, ww, x.device))
+        for block in self.blocks:
+            x = block(x, None, None, None)
+        eighth = _plain_norm(x).transpose(1, 2).reshape(len(x), -1, hh, ww)
+        eighth = eighth.contiguous(memory_format=torch.channels_last)
+        quarter = self.merge4(quarter + F.pixel_shuffle(self.up4(eighth), 2))
+        half = self.merge2(half + F.pixel_shuffle(self.up2(_norm(quarter)), 2))
+        return Features(half, quarter, eighth)
 
 
 class TextEncoder(nn.Module):
@@ -220,7 +240,8 @@ class MiniNet(nn.Module):
         *,
         channels: int = 32,
         width: int = 192,
-        blocks: int = 7,
+        image_blocks: int = 5,
+        blocks: int = 4,
         heads: int = 6,
         text_width: int = 128,
         text_layers: int = 2,
@@ -230,11 +251,11 @@ class MiniNet(nn.Module):
         """Sizes; the shipped weights carry theirs in the JSON card."""
         super().__init__()
         c, self.max_tokens, key = channels, max_tokens, 16
-        self.image = ImageEncoder(c)
+        self.image = ImageEncoder(c, width, blocks=image_blocks, heads=heads)
         self.text = TextEncoder(text_width, layers=text_layers, max_tokens=max_tokens, tasks=tasks)
-        self.null = nn.ParameterList(torch.zeros(n * c) for n in (1, 2, 4))
+        self.null = nn.ParameterList(torch.zeros(n) for n in (c, 2 * c, width))
         self.patch = nn.Conv2d(3, width, 8, stride=8)
-        self.from_image = nn.Conv2d(4 * c, width, 1)
+        self.from_image = nn.Conv2d(width, width, 1)
         self.position = nn.Linear(24, width)
         self.condition = nn.Sequential(
             nn.Linear(24 + 3 + text_width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
@@ -282,6 +303,17 @@ class MiniNet(nn.Module):
 
         ``prompt`` is the text encoder's output for ``text``.
         """
+        return self.paint(self.decode(noisy, s, prompt, text, features), prompt[0], text)
+
+    def decode(
+        self,
+        noisy: Tensor,
+        s: Tensor,
+        prompt: tuple[Tensor, Tensor, Tensor],
+        text: Text,
+        features: Features,
+    ) -> Tensor:
+        """As `forward`, up to [B, 3 + 1 + key, H, W]: colour, share of pointing, query."""
         tokens, sentence, _ = prompt
         b, _, h, w = noisy.shape
         mean = noisy.float().mean((2, 3)) * math.sqrt(h * w)  # N(0, 1) at s = 1
@@ -289,7 +321,7 @@ class MiniNet(nn.Module):
         cond = self.condition(torch.cat([time, mean.clamp(-4, 4), sentence], dim=-1))
 
         # 1/8: image features, noisy patches and the prompt meet
-        x = self.patch(noisy) + self.from_image(_norm(features.eighth))
+        x = self.patch(noisy) + self.from_image(features.eighth)
         hh, ww = x.shape[2:]
         x = x.flatten(2).transpose(1, 2) + self.position(_places(hh, ww, x.device))
         modulation = self.modulation(cond).reshape(b, 6, -1)
@@ -310,22 +342,25 @@ class MiniNet(nn.Module):
         x = F.pixel_shuffle(self.up2(x), 2) + features.half
         x = x + self.noisy2(F.pixel_unshuffle(noisy, 2))
         x = self.block2(x.contiguous(memory_format=torch.channels_last), cond)
-        x = F.pixel_shuffle(self.picture(_norm(x)), 2)
-        return self._paint(x, tokens, text)
+        return F.pixel_shuffle(self.picture(_norm(x)), 2)
 
-    def _paint(self, x: Tensor, tokens: Tensor, text: Text) -> Tensor:
-        """Decoder output [B, 3 + 1 + key, H, W] -> picture, mixing drawn and pointed-at colours."""
+    def point(self, x: Tensor, tokens: Tensor, text: Text, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For pairs ``rows`` [R]: scores [R, K, H W] and RGB [R, K, 3] of the prompts' colours."""
+        at, mask = text.colour_at[rows, :, None], text.colour_mask[rows]
+        keys = self.colour_key(tokens[rows].gather(1, at.expand(-1, -1, tokens.shape[2])))
+        rgb = text.rgb[rows, :, :3].gather(1, at.expand(-1, -1, 3)).float()
+        scores = keys @ x[rows, 4:].flatten(2)
+        return scores.float().masked_fill(~mask[:, :, None], -1e4), rgb
+
+    def paint(self, x: Tensor, tokens: Tensor, text: Text) -> Tensor:
+        """`decode`'s output -> picture [B, 3, H, W], mixing drawn and pointed-at colours."""
         rows = text.colour_mask.any(1).nonzero()[:, 0]
         drawn = x[:, :3].float()
         if not len(rows):
             return drawn
         _, _, h, w = x.shape
-        at, mask = text.colour_at[rows, :, None], text.colour_mask[rows]
-        keys = self.colour_key(tokens[rows].gather(1, at.expand(-1, -1, tokens.shape[2])))
-        rgb = text.rgb[rows, :, :3].gather(1, at.expand(-1, -1, 3))
-        scores = keys @ x[rows, 4:].flatten(2)  # [rows, colours, pixels]
-        scores = scores.float().masked_fill(~mask[:, :, None], -1e4)
-        pointed = (rgb.float().transpose(1, 2) @ scores.softmax(1)).reshape(-1, 3, h, w)
+        scores, rgb = self.point(x, tokens, text, rows)
+        pointed = (rgb.transpose(1, 2) @ scores.softmax(1)).reshape(-1, 3, h, w)
         share = x[rows, 3:4].float().sigmoid()
         return drawn.index_copy(0, rows, drawn[rows] * (1 - share) + pointed * share)
 
