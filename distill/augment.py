@@ -19,6 +19,7 @@ from PIL import Image, ImageFilter
 from teacher.label import Camera
 
 GREY = (124, 116, 104)  # as export.letterbox pads
+CUTMIX_SHARE = 0.2  # of strongly augmented samples that show a piece of another
 WHOLE_SHARE = 0.5  # of samples that are not cropped (docs/results.md, training)
 MAX_ZOOM = 1.6  # largest enlargement beyond filling the frame
 MODES = ("strong", "geometry", "none")
@@ -188,3 +189,31 @@ def mirrored_normals(normals: np.ndarray) -> np.ndarray:
     out = np.ascontiguousarray(normals[:, ::-1])
     out[..., 0] *= -1
     return out
+
+
+def cutmix(
+    rng: np.random.Generator, sample: dict[str, np.ndarray], other: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """``sample`` with one rectangle of ``other`` in it: image and labels alike, in place.
+
+    Yun et al. 2019, "CutMix", equation 1; for depth as Yang et al. 2024, "Depth Anything", section
+    3.3. Every pixel keeps its own label (canonical depth needs no common camera), so nothing is
+    averaged; the picture as a whole has no camera any more. The rectangle takes between a tenth and
+    four tenths of the area. What a label claims must be equal, else nothing is pasted.
+    """
+    if sample.get("depth_space") != other.get("depth_space"):
+        return sample
+    height, width = sample["image"].shape[-2:]
+    area, aspect = rng.uniform(0.1, 0.4), math.exp(rng.uniform(-0.5, 0.5))
+    tall = min(height, max(1, round(height * math.sqrt(area * aspect))))
+    wide = min(width, max(1, round(width * math.sqrt(area / aspect))))
+    top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
+    for name, values in sample.items():
+        if values.shape[-2:] == (height, width):
+            piece = other[name][..., top : top + tall, left : left + wide]
+            if name == "instances":
+                piece = np.where(piece > 0, piece + (1 << 16), piece)  # ids are not shared
+            values[..., top : top + tall, left : left + wide] = piece
+    if "camera_known" in sample:
+        sample["camera_known"] = np.array(False)
+    return sample

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.augment import MODES, sample_rng
+from distill.augment import CUTMIX_SHARE, MODES, cutmix, sample_rng
+from distill.instances import center_offset
 from distill.samples import Frame, Record, compact, make_sample
 from teacher.errors import UsageError
 from teacher.label import Label
@@ -157,6 +158,7 @@ class DataModule:
             )
         self.weights = [w if n else 0.0 for w, n in zip(self.weights, sizes, strict=True)]
         self._cache: dict[tuple[int, str], Record] = {}
+        self.bad: dict[tuple[int, str], dict[str, int]] = {}
         self._bytes, self._lock = 0, threading.Lock()
 
     def record(self, set_index: int, key: str) -> Record:
@@ -164,20 +166,38 @@ class DataModule:
         place = (set_index, key)
         found = self._cache.get(place)
         if found is None:
-            found = compact(self.sets[set_index][key], self.frame.tasks)
+            found = compact(self.sets[set_index][key], self.frame)
             with self._lock:
+                self.bad[place] = found.bad
                 if place not in self._cache and self._bytes + found.nbytes <= CACHE_BYTES:
                     self._cache[place] = found
                     self._bytes += found.nbytes
         return found
 
+    def bad_pixels(self) -> dict[str, int]:
+        """Per task: pixels of the labels read so far whose value was masked as impossible."""
+        total: dict[str, int] = {}
+        for counts in list(self.bad.values()):
+            for task, count in counts.items():
+                total[task] = total.get(task, 0) + count
+        return total
+
     def _train_sample(self, set_index: int, index: int, visit: int) -> dict[str, np.ndarray]:
-        key = self.train[set_index][index]
-        rng = sample_rng("sample", self.seed, set_index, key, visit)
-        return make_sample(self.record(set_index, key), self.frame, rng=rng, mode=self.augment)
+        keys = self.train[set_index]
+        rng = sample_rng("sample", self.seed, set_index, keys[index], visit)
+
+        def one(key: str) -> dict[str, np.ndarray]:
+            record = self.record(set_index, key)
+            return make_sample(record, self.frame, rng=rng, mode=self.augment)
+
+        sample = one(keys[index])
+        if self.augment == "strong" and rng.uniform() < CUTMIX_SHARE:
+            sample = cutmix(rng, sample, one(keys[int(rng.integers(len(keys)))]))
+        return _finished(sample)
 
     def _val_sample(self, set_index: int, key: str) -> dict[str, np.ndarray]:
-        return make_sample(self.record(set_index, key), self.frame, rng=None, mode="none")
+        record = self.record(set_index, key)
+        return _finished(make_sample(record, self.frame, rng=None, mode="none"))
 
     def train_batches(self, *, steps: int, start: int = 0) -> Batches:
         """Batches of the steps ``start`` to ``steps``; the same whatever came before."""
@@ -227,6 +247,13 @@ class Batches:
                 yield collate([future.result() for future in waiting.popleft()])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Instance ids become what is learnt of them."""
+    if "instances" in sample:
+        sample["instances"] = center_offset(sample["instances"])
+    return sample
 
 
 def collate(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:

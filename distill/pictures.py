@@ -37,6 +37,18 @@ def semantic_picture(channels: np.ndarray) -> np.ndarray:
     return out
 
 
+def instances_picture(heat: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Centre heat [H, W] and offsets [2, H, W] -> uint8 [H, W, 3]: direction as hue, heat white."""
+    turn = np.nan_to_num(np.arctan2(offset[1], offset[0]) / (2 * np.pi)) % 1.0
+    length = np.nan_to_num(np.hypot(offset[0], offset[1]))
+    colour = matplotlib.colormaps["hsv"](turn)[..., :3]
+    colour = colour * np.clip(length / max(heat.shape[1] / 16, 1), 0, 1)[..., None]
+    colour = np.maximum(colour, np.nan_to_num(heat)[..., None])
+    out = (colour * 255).astype(np.uint8)
+    out[np.isnan(heat)] = UNKNOWN
+    return out
+
+
 def comparison(
     batch: Mapping[str, np.ndarray], answer: Mapping[str, np.ndarray], tasks: Sequence[str]
 ) -> np.ndarray:
@@ -57,6 +69,12 @@ def comparison(
             elif task == "normals":
                 cells += [
                     normals_picture(a["normals"][i].transpose(1, 2, 0)) for a in (answer, batch)
+                ]
+            elif task == "instances":
+                truth = batch["instances"][i]
+                cells += [
+                    instances_picture(answer["center"][i, 0], answer["offset"][i]),
+                    instances_picture(truth[0], truth[1:]),
                 ]
             else:
                 said, truth = answer["semantic"][i].argmax(0), batch["semantic"][i]

@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
@@ -72,6 +72,15 @@ def _unavailable(name: str, error: Exception) -> WeightsUnavailable:
     )
 
 
+def _licence_of(weights: str) -> str:
+    """What a local .safetensors file says of its licence in its own metadata."""
+    if not weights:
+        return ""
+    with safe_open(weights, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return str(metadata.get("license") or metadata.get("licence") or "")
+
+
 class Backbone(nn.Module):
     """Feature maps of a `timm` model, fine to coarse.
 
@@ -81,6 +90,8 @@ class Backbone(nn.Module):
         width: fixed input width [px]; likewise.
         pretrained: fetch `timm`'s weights for this name (hub or cache).
         weights: a local .safetensors file instead; empty for none.
+        licence: licence of that file; empty takes the file's own ``license`` entry, else `timm`'s
+            record for that name.
 
     Attributes:
         channels: channels per level, fine to coarse.
@@ -90,7 +101,14 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, name: str, *, height: int, width: int, pretrained: bool = False, weights: str = ""
+        self,
+        name: str,
+        *,
+        height: int,
+        width: int,
+        pretrained: bool = False,
+        weights: str = "",
+        licence: str = "",
     ) -> None:
         """Build the network; see the class for the arguments."""
         super().__init__()
@@ -114,7 +132,8 @@ class Backbone(nn.Module):
         self.channels_last = str(getattr(probe, "output_fmt", "NCHW")).endswith("NHWC")
         self.mean = tuple(facts.mean) if facts else (0.485, 0.456, 0.406)
         self.std = tuple(facts.std) if facts else (0.229, 0.224, 0.225)
-        self.licence = (facts.license or "") if facts and (pretrained or weights) else ""
+        recorded = (facts.license or "") if facts and (pretrained or weights) else ""
+        self.licence = licence or _licence_of(weights) or recorded
 
     @staticmethod
     def _coarsest_stride(name: str) -> int:

@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         self.stem_skipped = len(self.stem) - len(stem_levels)
         levels = stem_levels + levels
         widths = [level_channels(base, s, stride) for _, s in levels]
-        self.sizes = [(height // s, width // s) for _, s in levels]
+        self.sizes = [(-(-height // s), -(-width // s)) for _, s in levels]
         self.lateral = nn.ModuleList(
             nn.Conv2d(c, w, 1) for (c, _), w in zip(levels, widths, strict=True)
         )

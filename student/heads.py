@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from student.backbone import conv_block
 
-LOG_DEPTH_RANGE = (-7.0, 11.0)  # 0.9 mm to 60 km: finite in float16 as well
-LOG_SCALE_RANGE = (-6.0, 3.0)  # Laplace scale of log depth between 0.0025 and 20
-START_DEPTH_M = 3.0  # what an untrained depth head says
-START_ANGLE_DEG = 20.0  # and an untrained normals uncertainty
+START_ANGLE_DEG = 20.0  # what an untrained normals uncertainty says
 
 Image = Float[Tensor, "b _c _h _w"]  # channels and size change on the way: only b is bound
 
@@ -41,30 +38,6 @@ class SubPixel(nn.Module):
     def forward(self, x: Image) -> Image:
         """See the class."""
         return self.shuffle(self.out(self.hidden(x)))
-
-
-class DepthHead(nn.Module):
-    """Unbounded log depth, sky, and the Laplace scale of log depth.
-
-    Depth is ``exp`` of an unbounded number (clamped only where float16 would overflow), in metres
-    of the canonical camera: D_canonical = D f_c / f (Yin et al. 2023, "Metric3D", section 3.1).
-    """
-
-    def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
-        """``inputs``: decoder channels."""
-        super().__init__()
-        start = [math.log(START_DEPTH_M), -3.0, math.log(0.2)]
-        self.uncertainty = uncertainty
-        outputs = 2 + uncertainty
-        self.maps = SubPixel(inputs, outputs, stride=stride, start=start[:outputs])
-
-    def forward(self, x: Image) -> dict[str, Image]:
-        """``depth`` [B,1,H,W] canonical m, ``sky`` logits, ``depth_uncertainty`` Laplace b."""
-        maps = self.maps(x).float()
-        answer = {"depth": maps[:, 0:1].clamp(*LOG_DEPTH_RANGE).exp(), "sky": maps[:, 1:2]}
-        if self.uncertainty:
-            answer["depth_uncertainty"] = maps[:, 2:3].clamp(*LOG_SCALE_RANGE).exp()
-        return answer
 
 
 class NormalsHead(nn.Module):
@@ -104,3 +77,22 @@ class SemanticHead(nn.Module):
         if self.uncertainty:
             answer["semantic_uncertainty"] = 1 - logits.softmax(1).amax(1, keepdim=True)
         return answer
+
+
+class InstancesHead(nn.Module):
+    """Where the centre of a thing is, and from every pixel the way to its own thing's centre.
+
+    Cheng et al. 2020, "Panoptic-DeepLab", section 3.2; `student.grouping` makes instances of it,
+    outside the graph. Offsets grow with the picture, so they are learnt in shares of its diagonal.
+    """
+
+    def __init__(self, inputs: int, *, stride: int, diagonal_px: float) -> None:
+        """``diagonal_px``: of the input image."""
+        super().__init__()
+        self.diagonal_px = diagonal_px
+        self.maps = SubPixel(inputs, 3, stride=stride, start=[-4.0, 0.0, 0.0])
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """``center`` [B,1,H,W] score in (0, 1); ``offset`` [B,2,H,W] px, right and down."""
+        maps = self.maps(x).float()
+        return {"center": maps[:, :1].sigmoid(), "offset": maps[:, 1:] * self.diagonal_px}

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from student.backbone import Backbone, StudentError
 from student.decoder import Decoder
-from student.heads import DepthHead, NormalsHead, SemanticHead
+from student.depth_heads import DEPTH_HEADS
+from student.dpt import DptDecoder
+from student.heads import InstancesHead, NormalsHead, SemanticHead
 
-TASKS = ("depth", "normals", "semantic")
+TASKS = ("depth", "normals", "semantic", "instances")
+DECODERS = {"fpn": Decoder, "dpt": DptDecoder}
 
 
 def assumed_focal_px(height: int, width: int) -> float:
@@ -35,17 +38,20 @@ class Student(nn.Module):
 
     Args:
         backbone: any `timm` model with ``features_only``.
-        tasks: any of ``depth``, ``normals``, ``semantic``; depth brings ``sky`` along.
+        tasks: any of `TASKS`; depth brings ``sky`` along.
         height: fixed input height [px].
         width: fixed input width [px].
         canonical_focal_px: f_c of the canonical camera [px at this input size]; None means a
             60 degree view across the longer side. D = depth * f / f_c for an image of focal f.
         classes: class id -> name, needed for ``semantic``; logits are in order of the ids.
+        decoder: ``fpn``, light, or ``dpt``, wider and without the image's own detail.
         decoder_channels: channels at the decoder's output stride.
         decoder_stride: 2 or 4; the heads' sub-pixels do the rest.
+        depth_head: ``log``, ``bins`` or ``mixture`` (`student.depth_heads`).
         uncertainty: whether each task also predicts its uncertainty.
         pretrained: start from `timm`'s weights of that name.
         backbone_weights: or from a local .safetensors file.
+        backbone_licence: licence of that file; "" takes what the file or `timm` says.
 
     Attributes:
         config: plain JSON that rebuilds this very network: ``Student(**model.config)``.
@@ -65,11 +71,14 @@ class Student(nn.Module):
         width: int,
         canonical_focal_px: float | None = None,
         classes: Mapping[Any, str] | None = None,
+        decoder: str = "fpn",
         decoder_channels: int = 32,
         decoder_stride: int = 2,
+        depth_head: str = "log",
         uncertainty: bool = True,
         pretrained: bool = False,
         backbone_weights: str = "",
+        backbone_licence: str = "",
     ) -> None:
         """Build the network; see the class for the arguments."""
         super().__init__()
@@ -81,8 +90,10 @@ class Student(nn.Module):
             "width": int(width),
             "canonical_focal_px": float(focal_px),
             "classes": _class_table(classes) if "semantic" in tasks else {},
+            "decoder": str(decoder),
             "decoder_channels": int(decoder_channels),
             "decoder_stride": int(decoder_stride),
+            "depth_head": str(depth_head),
             "uncertainty": bool(uncertainty),
         }
         self._check(tasks)
@@ -91,13 +102,18 @@ class Student(nn.Module):
         self.class_ids = [int(k) for k in self.config["classes"]]
         self.provenance: dict[str, Any] = {}
         self.backbone = Backbone(
-            backbone, height=height, width=width, pretrained=pretrained, weights=backbone_weights
+            backbone,
+            height=height,
+            width=width,
+            pretrained=pretrained,
+            weights=backbone_weights,
+            licence=backbone_licence,
         )
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
         self.mean: Tensor
         self.std: Tensor
-        self.decoder = Decoder(
+        self.decoder: nn.Module = DECODERS[decoder](
             channels=self.backbone.channels,
             strides=self.backbone.strides,
             height=height,
@@ -119,6 +135,9 @@ class Student(nn.Module):
                 "student task 'semantic' needs classes={id: name} with at least two entries, got "
                 f"{self.config['classes']}"
             )
+        for name, known in (("decoder", DECODERS), ("depth_head", DEPTH_HEADS)):
+            if self.config[name] not in known:
+                raise StudentError(f"student {name}={self.config[name]!r}: expected {list(known)}")
         stride, base = self.config["decoder_stride"], self.config["decoder_channels"]
         if stride not in (2, 4) or base < 8:
             raise StudentError(
@@ -139,9 +158,13 @@ class Student(nn.Module):
         inputs, stride = self.config["decoder_channels"], self.config["decoder_stride"]
         uncertainty = self.config["uncertainty"]
         if task == "depth":
-            return DepthHead(inputs, stride=stride, uncertainty=uncertainty)
+            head = DEPTH_HEADS[self.config["depth_head"]]
+            return head(inputs, stride=stride, uncertainty=uncertainty)
         if task == "normals":
             return NormalsHead(inputs, stride=stride, uncertainty=uncertainty)
+        if task == "instances":
+            diagonal_px = math.hypot(self.config["height"], self.config["width"])
+            return InstancesHead(inputs, stride=stride, diagonal_px=diagonal_px)
         return SemanticHead(
             inputs, stride=stride, classes=len(self.class_ids), uncertainty=uncertainty
         )
@@ -156,7 +179,9 @@ class Student(nn.Module):
             ``depth`` [B,1,H,W] canonical metres, positive and finite; ``sky`` [B,1,H,W] logits;
             ``depth_uncertainty`` [B,1,H,W] Laplace scale b of log depth; ``normals`` [B,3,H,W]
             unit vectors; ``normals_uncertainty`` [B,1,H,W] expected angle in degrees; ``semantic``
-            [B,C,H,W] logits; ``semantic_uncertainty`` [B,1,H,W] 1 - p. Only what was asked for.
+            [B,C,H,W] logits; ``semantic_uncertainty`` [B,1,H,W] 1 - p; ``center`` [B,1,H,W] score
+            and ``offset`` [B,2,H,W] px (right, down) to the own instance's centre. Only what was
+            asked for; a depth head may add the distribution that it is taught by.
         """
         x = (image - self.mean) / self.std
         features = self.backbone(x)

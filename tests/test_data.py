@@ -37,7 +37,7 @@ def scenes() -> InMemory:
 def test_whole_sample_is_the_label_in_the_canonical_camera():
     label = analytic_label(1)
     label.uncertainty[Task.DEPTH] = np.full((48, 64), 0.25, np.float32)
-    sample = make_sample(compact(label, TASKS), FRAME, rng=None, mode="none")
+    sample = make_sample(compact(label, FRAME), FRAME, rng=None, mode="none")
     focal_px = label.camera.fx
     assert sample["focal_px"] == pytest.approx(focal_px)
     want = label.values[Task.DEPTH] * 50 / focal_px  # D f_c / f
@@ -54,7 +54,7 @@ def test_whole_sample_is_the_label_in_the_canonical_camera():
 
 def test_zooming_a_picture_moves_its_canonical_depth():
     label = analytic_label(4, height=96, width=128)
-    sample = make_sample(compact(label, TASKS), FRAME, rng=None, mode="none")
+    sample = make_sample(compact(label, FRAME), FRAME, rng=None, mode="none")
     assert sample["focal_px"] == pytest.approx(label.camera.fx / 2)
     want = label.values[Task.DEPTH][1::2, 1::2] * 50 / (label.camera.fx / 2)
     np.testing.assert_allclose(sample["depth"][0], want, rtol=1e-3)
@@ -62,7 +62,7 @@ def test_zooming_a_picture_moves_its_canonical_depth():
 
 def test_what_a_label_lacks_is_unknown_everywhere():
     label = dataclasses.replace(analytic_label(1), values={})
-    sample = make_sample(compact(label, TASKS), FRAME, rng=np.random.default_rng(0), mode="strong")
+    sample = make_sample(compact(label, FRAME), FRAME, rng=np.random.default_rng(0), mode="strong")
     assert np.isnan(sample["depth"]).all() and np.isnan(sample["normals"]).all()
     assert (sample["semantic"] == -1).all()
 
@@ -73,7 +73,7 @@ def test_classes_without_a_channel_are_unknown_and_ids_map_in_order():
     label.values[Task.SEMANTIC][:10] = 300
     label.values[Task.SEMANTIC][40:] = 65535
     frame = dataclasses.replace(FRAME, class_ids=(2, 300))
-    sample = make_sample(compact(label, TASKS), frame, rng=None, mode="none")
+    sample = make_sample(compact(label, FRAME), frame, rng=None, mode="none")
     assert (sample["semantic"][:10] == 1).all() and (sample["semantic"][10:] == -1).all()
 
 
@@ -148,7 +148,7 @@ def test_borders_stay_grey_whatever_the_light():
     found = 0
     for seed in range(40):
         sample = make_sample(
-            compact(label, ("depth",)),
+            compact(label, dataclasses.replace(FRAME, tasks=("depth",))),
             dataclasses.replace(FRAME, tasks=("depth",)),
             rng=np.random.default_rng(seed),
             mode="strong",

@@ -5,16 +5,25 @@ import torch
 
 from distill.losses import (
     LOSS_WEIGHTS,
-    SILOG_LAMBDA,
     all_losses,
     angle_rad,
-    depth_losses,
-    gradient_matching,
-    label_weight,
+    instance_losses,
     normals_losses,
     semantic_losses,
+    surface_loss,
+)
+from distill.losses_depth import (
+    SILOG_LAMBDA,
+    affine_invariant,
+    bins_cross_entropy,
+    depth_losses,
+    gradient_matching,
+    mixture_nll,
+    normals_of_depth,
+    on_one_surface,
     silog,
 )
+from distill.masked import label_weight, reliable
 
 NAN = float("nan")
 
@@ -70,12 +79,12 @@ def test_sky_is_told_by_infinity_and_kept_out_of_depth():
 
 
 def test_unsure_labels_count_less_and_unknown_uncertainty_in_full():
-    spread = torch.tensor([0.0, 0.1, 0.9, NAN]).view(1, 1, 1, 4)
-    assert label_weight("depth", spread).flatten().tolist() == pytest.approx([1, 0.5, 0.1, 1])
+    spread = torch.tensor([0.0, 0.1, 0.4, NAN]).view(1, 1, 1, 4)
+    assert label_weight("depth", spread).flatten().tolist() == pytest.approx([1, 0.5, 0.2, 1])
     target = torch.ones(1, 1, 1, 4)
     answer = depth_answer(target * math.e)
     got = depth_losses(answer, target, spread)["depth_l1"].item()
-    assert got == pytest.approx((1 + 0.5 + 0.1 + 1) / 4)
+    assert got == pytest.approx((1 + 0.5 + 0.2 + 1) / 4)
 
 
 @pytest.mark.parametrize("degrees", [0.0, 0.01, 30.0, 90.0, 179.0, 180.0])
@@ -154,6 +163,8 @@ def answers_of(b: int) -> dict[str, torch.Tensor]:
         "normals": torch.nn.functional.normalize(torch.randn(b, 3, *size), dim=1),
         "normals_uncertainty": torch.rand(b, 1, *size) * 50 + 1,
         "semantic": torch.randn(b, 3, *size),
+        "center": torch.rand(b, 1, *size),
+        "offset": torch.randn(b, 2, *size),
     }
     return {k: v.requires_grad_() for k, v in raw.items()}
 
@@ -163,6 +174,10 @@ def unknown_batch(b: int) -> dict[str, torch.Tensor]:
         "depth": torch.full((b, 1, 8, 8), NAN),
         "normals": torch.full((b, 3, 8, 8), NAN),
         "semantic": torch.full((b, 8, 8), -1),
+        "instances": torch.full((b, 3, 8, 8), NAN),
+        "camera_known": torch.ones(b, dtype=torch.bool),
+        "focal_px": torch.full((b,), 8.0),
+        "centre_px": torch.full((b, 2), 3.5),
         **{f"{t}_uncertainty": unsure(b, 1, 8, 8) for t in ("depth", "normals", "semantic")},
     }
 
@@ -170,7 +185,7 @@ def unknown_batch(b: int) -> dict[str, torch.Tensor]:
 def test_a_label_that_knows_nothing_gives_exactly_zero_and_zero_gradients():
     answer = answers_of(2)
     losses = all_losses(answer, unknown_batch(2))
-    assert set(losses) == {"total", *LOSS_WEIGHTS}
+    assert set(losses) == {"total", *LOSS_WEIGHTS} - {"depth_bins", "depth_mixture"}
     assert all(value.item() == 0 for value in losses.values())
     losses["total"].backward()
     for tensor in answer.values():
@@ -211,4 +226,179 @@ def test_gradients_match_finite_differences():
     assert torch.autograd.gradcheck(
         lambda n: normals_losses({"normals": n}, aim, spread)["normals_angle"],
         (said.requires_grad_(),),
+    )
+
+
+def test_bins_cross_entropy_by_hand():
+    from student.depth_heads import BINS, bin_centres
+
+    step = float(bin_centres()[1] - bin_centres()[0])
+    log_depth = float(bin_centres()[4]) + 0.25 * step  # a quarter of the way from bin 4 to bin 5
+    target = torch.full((1, 1, 1, 2), math.exp(log_depth))
+    target[..., 1] = 1e9  # beyond the last bin: all of it is the last bin's
+    flat = bins_cross_entropy(torch.zeros(1, BINS, 1, 2), target, torch.isfinite(target))
+    assert flat.flatten().tolist() == pytest.approx([math.log(BINS)] * 2, rel=1e-5)
+    logits = torch.zeros(1, BINS, 1, 2)
+    logits[0, 4], logits[0, 5], logits[0, -1] = 3.0, 2.0, 1.0
+    total = math.log(math.exp(3) + math.exp(2) + math.exp(1) + BINS - 3)
+    got = bins_cross_entropy(logits, target, torch.isfinite(target)).flatten().tolist()
+    want = [total - 0.75 * 3 - 0.25 * 2, total - 1]
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_mixture_likelihood_by_hand():
+    mixture = torch.tensor([0.0, 1.0, 0.5, 0.25, math.log(0.3), math.log(0.7)]).view(1, 6, 1, 1)
+    target = torch.full((1, 1, 1, 1), math.exp(0.2))
+    density = 0.3 / (2 * 0.5) * math.exp(-0.2 / 0.5) + 0.7 / (2 * 0.25) * math.exp(-0.8 / 0.25)
+    got = mixture_nll(mixture, target, target > 0).item()
+    assert got == pytest.approx(-math.log(density), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["depth_bins", "depth_mixture"])
+def test_a_distribution_takes_the_place_of_l1_and_its_gradient_is_exact(name):
+    torch.manual_seed(0)
+    target = torch.rand(1, 1, 3, 3, dtype=torch.float64) * 3 + 1
+    target[0, 0, 0, 0] = NAN
+    if name == "depth_bins":
+        raw = torch.randn(1, 32, 3, 3, dtype=torch.float64)
+    else:
+        raw = torch.rand(1, 6, 3, 3, dtype=torch.float64) + 0.1
+    answer = depth_answer(torch.ones_like(target)) | {name: raw}
+    losses = depth_losses(answer, target, unsure(1, 1, 3, 3))
+    assert name in losses and "depth_l1" not in losses and "depth_nll" not in losses
+
+    def loss(x):
+        return depth_losses(answer | {name: x}, target, unsure(1, 1, 3, 3))[name]
+
+    assert torch.autograd.gradcheck(loss, (raw.requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    "code, change",
+    [
+        (1, lambda d: 3 * d + 2),
+        (2, lambda d: 1 / (3 / d + 2)),
+        (3, lambda d: (3 * d.log() + 2).exp()),
+        (4, lambda d: (3 * d.sqrt() + 2) ** 2),
+    ],
+)
+def test_affine_labels_teach_shape_alone_in_their_own_space(code, change):
+    target = (torch.rand(2, 1, 6, 6, dtype=torch.float64) + 0.5) * 2
+    target[0, 0, 0, :3] = NAN
+    space = torch.full((2,), code)
+    answer = depth_answer(change(target.nan_to_num(nan=9.0)))
+    losses = depth_losses(answer, target, unsure(2, 1, 6, 6), space)
+    assert losses["depth_affine"].item() == pytest.approx(0, abs=1e-9)
+    assert losses["depth_l1"].item() == losses["depth_silog"].item() == 0
+    assert losses["depth_gradient"].item() == losses["depth_nll"].item() == 0
+    other = depth_losses(answer, target, unsure(2, 1, 6, 6), torch.full((2,), code % 4 + 1))
+    assert other["depth_affine"].item() > 1e-3
+
+
+def test_affine_invariant_loss_by_hand_and_its_gradient():
+    depth = torch.tensor([1.0, 2.0, 3.0, 10.0, 7.0], dtype=torch.float64).view(1, 1, 1, 5)
+    target = torch.tensor([1.0, 2.0, 5.0, 6.0, NAN], dtype=torch.float64).view(1, 1, 1, 5)
+    known = ~torch.isnan(target)
+    one = torch.ones_like(depth)
+    # medians 2 (the lower of the middle two) both; mean distances (1 + 0 + 1 + 8) / 4 and 2
+    want = (abs(-1 / 2.5 + 1 / 2) + 0 + abs(1 / 2.5 - 3 / 2) + abs(8 / 2.5 - 4 / 2)) / 4
+    space = torch.tensor([1])
+    got = affine_invariant(depth, target, known, one, space)
+    assert got.item() == pytest.approx(want)
+    flat = torch.full_like(target, 4.0)
+    assert affine_invariant(depth, flat, known, one, space).item() == 0
+
+    def loss(d):
+        return affine_invariant(d, target, known, one, space)
+
+    assert torch.autograd.gradcheck(loss, (depth.requires_grad_(),))
+
+
+def test_worthless_labels_teach_nothing_but_the_uncertainty():
+    spread = torch.tensor([0.1, 0.9]).view(1, 1, 1, 2)
+    assert reliable("depth", spread).flatten().tolist() == [True, False]
+    target = torch.ones(1, 1, 1, 2)
+    said = torch.tensor([1.0, math.e**2]).view(1, 1, 1, 2)
+    losses = depth_losses(depth_answer(said), target, spread)
+    assert losses["depth_l1"].item() == 0 and losses["depth_gradient"].item() == 0
+    # both pixels count for the uncertainty: log 2b + |e| / b with b = 0.1 and errors 0 and 2
+    assert losses["depth_nll"].item() == pytest.approx(math.log(0.2) + (0 + 20) / 2, rel=1e-4)
+
+
+def plane(normal: tuple[float, float, float], offset_m: float) -> torch.Tensor:
+    """z-depth [1,1,12,16] of a plane n . X = -offset; camera f = 14, centre (6, 5)."""
+    u, v = torch.arange(16).double(), torch.arange(12).double()
+    x, y = (u[None] - 6) / 14, -(v[:, None] - 5) / 14
+    return (-offset_m / (normal[0] * x + normal[1] * y - normal[2]))[None, None]
+
+
+@pytest.mark.parametrize("normal", [(0.0, 0.0, 1.0), (0.6, 0.0, 0.8), (0.1, 0.7, 0.7071)])
+def test_normals_of_a_plane_are_the_planes_whatever_its_scale(normal):
+    length = math.hypot(*normal)
+    unit = tuple(c / length for c in normal)
+    got = normals_of_depth(
+        3 * plane(unit, 2.0), torch.tensor([14.0]).double(), torch.tensor([[6.0, 5.0]]).double()
+    )
+    inner = got[0, :, 1:-1, 1:-1]
+    assert (inner - torch.tensor(unit).double().view(3, 1, 1)).abs().max() < 1e-7
+    assert torch.isnan(got[0, :, 0]).all() and torch.isnan(got[0, :, :, -1]).all()
+
+
+def test_surface_loss_is_the_angle_inside_one_surface_of_a_known_camera():
+    target = plane((0.0, 0.0, 1.0), 2.0).float()
+    target[..., 8:] *= 2  # an edge between columns 7 and 8
+    target[0, 0, 5, 3] = NAN
+    flat = on_one_surface(target)[0, 0]
+    assert flat[1:-1, 1:7].sum() == 10 * 6 - 5 and not flat[:, 7:9].any() and not flat[0].any()
+    turned = plane((0.6, 0.0, 0.8), 2.0).float()
+    batch = {
+        "depth": target,
+        "normals": torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 12, 16),
+        "normals_uncertainty": unsure(1, 1, 12, 16),
+        "focal_px": torch.tensor([14.0]),
+        "centre_px": torch.tensor([[6.0, 5.0]]),
+        "camera_known": torch.tensor([True]),
+    }
+    got = surface_loss({"depth": turned}, batch)["depth_surface"].item()
+    assert got == pytest.approx(math.acos(0.8), abs=1e-4)
+    unknown = batch | {"camera_known": torch.tensor([False])}
+    assert surface_loss({"depth": turned}, unknown)["depth_surface"].item() == 0
+
+
+def test_surface_gradient_is_exact():
+    torch.manual_seed(1)
+    target = plane((0.0, 0.0, 1.0), 2.0)[..., :5, :5]
+    batch = {
+        "depth": target,
+        "normals": torch.tensor([0.0, 0.0, 1.0]).double().view(1, 3, 1, 1).expand(1, 3, 5, 5),
+        "normals_uncertainty": unsure(1, 1, 5, 5),
+        "focal_px": torch.tensor([14.0]).double(),
+        "centre_px": torch.tensor([[2.0, 2.0]]).double(),
+        "camera_known": torch.tensor([True]),
+    }
+    depth = (target + 0.3 * torch.rand_like(target)).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda d: surface_loss({"depth": d}, batch)["depth_surface"], (depth,)
+    )
+
+
+def test_instance_terms_by_hand():
+    target = torch.zeros(1, 3, 1, 4)
+    target[0, 0, 0] = torch.tensor([1.0, 0.5, 0.0, NAN])
+    target[0, 1, 0] = torch.tensor([0.0, -1.0, 0.0, NAN])
+    target[0, 2, 0] = torch.tensor([0.0, 0.0, 0.0, NAN])
+    score = torch.tensor([0.8, 0.4, 0.3, 0.9]).view(1, 1, 1, 4)
+    offset = torch.zeros(1, 2, 1, 4)
+    offset[0, 0, 0, 1], offset[0, 0, 0, 2] = 1.0, 4.0
+    losses = instance_losses({"center": score, "offset": offset}, target)
+    focal = -(0.2**2) * math.log(0.8) - 0.5**4 * 0.4**2 * math.log(0.6) - 0.3**2 * math.log(0.7)
+    assert losses["instances_center"].item() == pytest.approx(focal / 10, rel=1e-4)
+    # |1 - -1| / 2 of the thing's pixel in full, 4 / 2 of the background's by a tenth; 3 known
+    want = (1 + 0.1 * 2) / math.sqrt(17) / 3
+    assert losses["instances_offset"].item() == pytest.approx(want, rel=1e-4)
+    score = score.double().requires_grad_()
+    offset = torch.randn(1, 2, 1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda s, o: sum(instance_losses({"center": s, "offset": o}, target).values()),
+        (score, offset),
     )

@@ -1,0 +1,134 @@
+"""Three ways to say a depth: one number, a distribution over bins, a mixture of two Laplacians.
+
+All three answer ``depth`` (canonical metres), ``sky`` and ``depth_uncertainty``; the last two also
+say the distribution that they were taught by. An L1 regressor learns the median, which between two
+surfaces is neither; the other two can name both surfaces and pick one (docs/results.md compares
+them at equal cost).
+
+Depth is in metres of the canonical camera: D_canonical = D f_c / f (Yin et al. 2023, "Metric3D",
+section 3.1), ``exp`` of a number clamped only where float16 would overflow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from student.heads import Image, SubPixel
+
+LOG_DEPTH_RANGE = (-7.0, 11.0)  # 0.9 mm to 60 km: finite in float16 as well
+LOG_SCALE_RANGE = (-6.0, 3.0)  # Laplace scale of log depth between 0.0025 and 20
+START_DEPTH_M = 3.0  # what an untrained depth head says
+START_SCALE = 0.2  # and its Laplace scale of log depth
+BINS = 32
+BIN_RANGE_M = (0.15, 150.0)  # first and last bin centre, canonical metres
+
+
+def bin_centres() -> Tensor:
+    """Log depths of the bin centres, evenly spaced: [BINS]."""
+    return torch.linspace(math.log(BIN_RANGE_M[0]), math.log(BIN_RANGE_M[1]), BINS)
+
+
+def _answer(log_depth: Image, sky: Image) -> dict[str, Image]:
+    return {"depth": log_depth.clamp(*LOG_DEPTH_RANGE).exp(), "sky": sky}
+
+
+def _scale(log_scale: Image) -> Image:
+    return log_scale.clamp(*LOG_SCALE_RANGE).exp()
+
+
+class LogDepthHead(nn.Module):
+    """One unbounded log depth, sky, and the Laplace scale of log depth."""
+
+    def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
+        """``inputs``: decoder channels."""
+        super().__init__()
+        start = [math.log(START_DEPTH_M), -3.0, math.log(START_SCALE)]
+        self.uncertainty = uncertainty
+        outputs = 2 + uncertainty
+        self.maps = SubPixel(inputs, outputs, stride=stride, start=start[:outputs])
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """``depth`` [B,1,H,W] canonical m, ``sky`` logits, ``depth_uncertainty`` Laplace b."""
+        maps = self.maps(x).float()
+        answer = _answer(maps[:, 0:1], maps[:, 1:2])
+        if self.uncertainty:
+            answer["depth_uncertainty"] = _scale(maps[:, 2:3])
+        return answer
+
+
+class BinsDepthHead(nn.Module):
+    """A distribution over `BINS` log depths; the depth is the mean of the best bin's neighbourhood.
+
+    Bins as in Fu et al. 2018, "DORN", spaced evenly in log depth; the answer is the expectation of
+    Bhat et al. 2021 ("AdaBins", equation 3) over the most likely bin and its two neighbours only:
+    over all bins it would mix foreground and background. The answer's range is the bins'. The
+    uncertainty is the mean distance of the distribution from the answer, in log depth.
+    """
+
+    def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
+        """``inputs``: decoder channels."""
+        super().__init__()
+        centres = bin_centres()
+        near = -((centres - math.log(START_DEPTH_M)) ** 2) / (2 * START_SCALE**2)
+        start = [*near.clamp(min=-6.0).tolist(), -3.0]
+        self.uncertainty = uncertainty
+        self.maps = SubPixel(inputs, BINS + 1, stride=stride, start=start)
+        self.register_buffer("centres", centres.view(1, BINS, 1, 1), persistent=False)
+        self.register_buffer("number", torch.arange(BINS).view(1, BINS, 1, 1), persistent=False)
+        self.centres: Tensor
+        self.number: Tensor
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """As `LogDepthHead`, and ``depth_bins`` [B,BINS,H,W], logits of `bin_centres`."""
+        maps = self.maps(x).float()
+        logits = maps[:, :BINS]
+        share = logits.softmax(1)
+        best = logits.argmax(1, keepdim=True)
+        kept = share * ((self.number - best).abs() <= 1)
+        log_depth = (kept * self.centres).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+        answer = _answer(log_depth, maps[:, BINS:]) | {"depth_bins": logits}
+        if self.uncertainty:
+            away = (share * (self.centres - log_depth).abs()).sum(1, keepdim=True)
+            answer["depth_uncertainty"] = away.clamp(min=math.exp(LOG_SCALE_RANGE[0]))
+        return answer
+
+
+class MixtureDepthHead(nn.Module):
+    """Two Laplacians of log depth and their weights; the depth is the centre of the higher peak.
+
+    Tosi et al. 2021, "SMD-Nets: Stereo Mixture Density Networks", equations 3 and 5, on log depth.
+    The uncertainty is E|l - answer| under the mixture, in closed form: for a component of centre m
+    and scale b at distance a = |m - answer| it is a + b exp(-a / b).
+    """
+
+    def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
+        """``inputs``: decoder channels."""
+        super().__init__()
+        start = [math.log(START_DEPTH_M / 1.2), math.log(START_DEPTH_M * 1.2)]
+        start += [math.log(START_SCALE)] * 2 + [0.0, -3.0]
+        self.uncertainty = uncertainty
+        self.maps = SubPixel(inputs, 6, stride=stride, start=start)
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """As `LogDepthHead`, and ``depth_mixture`` [B,6,H,W]: two centres (log depth), two scales
+        b, two log weights."""
+        maps = self.maps(x).float()
+        centre, log_b = maps[:, :2], maps[:, 2:4].clamp(*LOG_SCALE_RANGE)
+        log_weight = nn.functional.logsigmoid(torch.cat([maps[:, 4:5], -maps[:, 4:5]], dim=1))
+        peak = log_weight - log_b  # of the density, up to the constant 1/2
+        first = peak[:, :1] >= peak[:, 1:]
+        log_depth = torch.where(first, centre[:, :1], centre[:, 1:])
+        b = log_b.exp()
+        answer = _answer(log_depth, maps[:, 5:])
+        answer["depth_mixture"] = torch.cat([centre, b, log_weight], dim=1)
+        if self.uncertainty:
+            away = (centre - log_depth).abs()
+            spread = log_weight.exp() * (away + b * (-away / b).exp())
+            answer["depth_uncertainty"] = spread.sum(1, keepdim=True)
+        return answer
+
+
+DEPTH_HEADS = {"log": LogDepthHead, "bins": BinsDepthHead, "mixture": MixtureDepthHead}
