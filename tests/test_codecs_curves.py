@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from teacher.codecs.curves import WALK_POINTS, Curve, hilbert_cells, hilbert_places
-from teacher.codecs.depth import DepthCodec
+from teacher.codecs.depth import DepthCodec, PlainPower
 from teacher.errors import UsageError
 
 
@@ -87,6 +87,31 @@ def test_decode_is_the_nearest_point_of_the_whole_polyline(name, order, kind):
     u = level[unique] / codec.path.length
     expected_m = 10 * ((1 - u) ** -0.5 - 1)  # lam = -3, c = 10/3 in closed form
     np.testing.assert_allclose(depth_m[unique], np.minimum(expected_m, 100), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "order"), CURVES[:4])
+def test_of_equally_near_points_the_first_on_the_curve_is_taken(name, order):
+    v = np.arange(3, 253, dtype=np.int64)  # two or three channels alike: as near to several edges
+    rest = np.concatenate([v * 0, v * 0 + 255, v])
+    colours = np.stack([np.tile(v, 3), rest, np.tile(v, 3)], 1).astype(np.uint8)
+    curve = Curve(name, order)
+    points = curve.points().astype(np.int64)  # distances in units of 1/255 of a lattice step
+    q = colours.astype(np.int64)[:, None] * (curve.side - 1) - 255 * points[:-1]
+    along = np.clip((q * np.diff(points, axis=0)).sum(2), 0, 255)
+    squared = ((q - along[..., None] * np.diff(points, axis=0)) ** 2).sum(2)
+    place = np.arange(len(points) - 1) + along / 255
+    best = squared == squared.min(1, keepdims=True)
+    first = np.where(best, place, np.inf).min(1)
+    last = np.where(best, place, -np.inf).max(1)
+    tied = last > first + 1e-9
+    assert tied.mean() > 0.15
+    codec = DepthCodec(curve=name, order=order, transform=PlainPower(gamma=1, near_m=1, far_m=9))
+    depth_m, _ = codec.decode(colours, edges="nearest")
+    expected_m = 1 + 8 * first / (len(points) - 1)
+    white_or_black = np.isin(colours.astype(int).sum(1), [0, 765])
+    keep = tied & ~white_or_black & np.isfinite(depth_m)
+    assert keep.sum() > 0.9 * tied.sum()
+    np.testing.assert_allclose(depth_m[keep], expected_m[keep], rtol=1e-6)
 
 
 @pytest.mark.parametrize("order", [5, 6, 7])

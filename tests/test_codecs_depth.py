@@ -334,5 +334,8 @@ def test_presets_and_errors():
         DepthCodec().decode(np.zeros((2, 2, 3), np.int32))
     with pytest.raises(UsageError, match="must be float metres, got uint16"):
         DepthCodec().encode(np.zeros((2, 2), np.uint16))
+    with pytest.raises(UsageError, match=r"curve='hilbert' needs an order, 1..8"):
+        DepthCodec(curve="hilbert")
+    assert DepthCodec().order == 1 and DepthCodec(order=1) == DepthCodec()
     with pytest.raises(UsageError, match="edges='sharp', choose one of"):
         DepthCodec().decode(np.zeros((2, 2, 3), np.uint8), edges="sharp")

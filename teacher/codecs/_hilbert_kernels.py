@@ -15,7 +15,7 @@ import numpy as np
 
 from teacher.codecs._jit import jit
 from teacher.codecs._lattice_kernels import depth_of_levels
-from teacher.codecs._power_kernels import BLOCK, raise_block
+from teacher.codecs._power_kernels import BLOCK, power_block
 
 State = tuple[tuple[int, ...], tuple[int, ...], int]  # axis read, its inversion, parity
 
@@ -119,9 +119,7 @@ def encode_full(depth_m, rgb, forward, near_m, far_m, to_cell):
     for start in range(0, depth_m.size, BLOCK):
         source = depth_m[start : min(start + BLOCK, depth_m.size)]
         block = buffer[: source.size]
-        for j in range(block.size):
-            block[j] = forward[0] + forward[1] * max(np.float64(source[j]), 0.0)
-        raise_block(block, forward[2])
+        power_block(source, block, forward[0], forward[1], forward[2])
         for j in range(block.size):
             d, at = source[j], 3 * (start + j)
             colour = np.uint32(0)

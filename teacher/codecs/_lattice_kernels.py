@@ -13,7 +13,7 @@ from typing import no_type_check
 import numpy as np
 
 from teacher.codecs._jit import inline, jit
-from teacher.codecs._power_kernels import BLOCK, raise_block
+from teacher.codecs._power_kernels import BLOCK, power_block
 
 _f8 = np.float64
 
@@ -48,9 +48,7 @@ def encode_lattice(depth_m, rgb, forward, near_m, far_m, points, step):
     for start in range(0, depth_m.size, BLOCK):
         stop = min(start + BLOCK, depth_m.size)
         block = buffer[: stop - start]
-        for j in range(block.size):
-            block[j] = forward[0] + forward[1] * max(_f8(depth_m[start + j]), 0.0)
-        raise_block(block, forward[2])
+        power_block(depth_m[start:stop], block, forward[0], forward[1], forward[2])
         for j in range(block.size):
             d, at = depth_m[start + j], 3 * (start + j)
             if d > far_m:
@@ -64,45 +62,97 @@ def encode_lattice(depth_m, rgb, forward, near_m, far_m, points, step):
                 rgb[at : at + 3] = 0
 
 
+@jit
+@no_type_check
+def edges_of_cells(points, side):
+    """uint32 [(L-1)^3]: the edges of each cell that the curve runs along, in the curve's order.
+
+    Four bits an edge, the first lowest, 15 ends the list: at most seven of the twelve. An edge is
+    4 axis + 2 (on the far side of the first other axis, in the order x, y, z) + 1 (of the second).
+    """
+    n = side - 1
+    edges = np.full(n * n * n, np.uint32(0xFFFFFFFF), np.uint32)
+    count = np.zeros(n * n * n, np.uint8)
+    for place in range(points.shape[0] - 1):
+        a, b = points[place], points[place + 1]
+        axis = 0 if a[0] != b[0] else (1 if a[1] != b[1] else 2)
+        x, y, z = min(a[0], b[0]), min(a[1], b[1]), min(a[2], b[2])
+        for corner in range(4):  # the four cells around the edge, seen from which it is ``corner``
+            u, v = corner >> 1, corner & 1
+            cx, cy = x - (0 if axis == 0 else u), y - (u if axis == 0 else (v if axis == 2 else 0))
+            cz = z - (0 if axis == 2 else v)
+            if min(cx, cy, cz) < 0 or max(cx, cy, cz) >= n:
+                continue
+            i = (cx * n + cy) * n + cz
+            shift = np.uint32(4 * count[i])
+            edge = np.uint32(4 * axis + corner)
+            edges[i] ^= (np.uint32(15) ^ edge) << shift
+            count[i] += 1
+    return edges
+
+
 @inline
 @no_type_check
-def _square(x):
-    return x * x
+def _far_or(inside, distance, far):
+    return distance if inside else far
 
 
 @jit
 @no_type_check
-def nearest_on_lattice(red, green, blue, table, side):
-    """The nearest point of the curve to a colour in lattice units: (place, squared distance).
+def nearest_in_cell(x, y, z, offset, one, table, edges, side, across):
+    """The nearest point of the curve to a colour: (place, squared distance in units of 1 / one).
 
-    Every lattice point is on the curve, so the nearest point lies on one of the twelve edges of
-    the colour's cell that the curve uses, or is one of its corners: an edge outside the cell is
-    at least 1 away across, and a corner saves at most 1/4 less. Ties go to the smaller place.
+    The colour is cell (x, y, z) of the lattice plus ``offset`` / ``one``, beyond 0..one only
+    outside the cube. Every lattice point is on the curve, so the nearest point lies inside one of
+    the edges of the cell that the curve uses, or is the cell's nearest corner: an edge outside the
+    cell is at least 1 away across, and a corner saves at most 1/4 less. Ties go to the smaller
+    place (an edge, before a corner). ``across`` [12] is scratch of the type of ``one``.
     """
-    x = min(max(int(np.floor(red)), 0), side - 2)
-    y = min(max(int(np.floor(green)), 0), side - 2)
-    z = min(max(int(np.floor(blue)), 0), side - 2)
-    offset = (red - x, green - y, blue - z)
-    stride = (side * side, side, 1)
-    base = x * stride[0] + y * stride[1] + z
-    best, place = np.inf, 0.0
+    fx, fy, fz = offset
+    hx, hy, hz = one - fx, one - fy, one - fz
+    fx2, fy2, fz2, hx2, hy2, hz2 = fx * fx, fy * fy, fz * fz, hx * hx, hy * hy, hz * hz
+    best = min(fx2, hx2) + min(fy2, hy2) + min(fz2, hz2)
+    far = best + one
+    inside = fx > 0 and hx > 0
+    across[0], across[1] = _far_or(inside, fy2 + fz2, far), _far_or(inside, fy2 + hz2, far)
+    across[2], across[3] = _far_or(inside, hy2 + fz2, far), _far_or(inside, hy2 + hz2, far)
+    inside = fy > 0 and hy > 0
+    across[4], across[5] = _far_or(inside, fx2 + fz2, far), _far_or(inside, fx2 + hz2, far)
+    across[6], across[7] = _far_or(inside, hx2 + fz2, far), _far_or(inside, hx2 + hz2, far)
+    inside = fz > 0 and hz > 0
+    across[8], across[9] = _far_or(inside, fx2 + fy2, far), _far_or(inside, fx2 + hy2, far)
+    across[10], across[11] = _far_or(inside, hx2 + fy2, far), _far_or(inside, hx2 + hy2, far)
+    rest, winner = edges[(x * (side - 1) + y) * (side - 1) + z], np.uint32(15)
+    edge = rest & np.uint32(15)
+    while edge != 15:
+        distance = across[edge]
+        winner = edge if distance < best else winner
+        best = min(distance, best)
+        rest >>= np.uint32(4)
+        edge = rest & np.uint32(15)
+    base = (x * side + y) * side + z
+    if winner == 15:
+        return _first_corner(base, fx2, fy2, fz2, hx2, hy2, hz2, best, table, side), best
+    axis = winner >> np.uint32(2)
+    u, v = (winner >> np.uint32(1)) & np.uint32(1), winner & np.uint32(1)
+    along = fx if axis == 0 else (fy if axis == 1 else fz)
+    start = base + u * (side if axis == 0 else side * side) + v * (side if axis == 2 else 1)
+    stride = side * side if axis == 0 else (side if axis == 1 else 1)
+    a, b = table[start], table[start + stride]
+    return (a + along / one if b > a else b + (one - along) / one), best
+
+
+@jit
+@no_type_check
+def _first_corner(base, fx2, fy2, fz2, hx2, hy2, hz2, best, table, side):
+    """The smallest place among the corners of a cell at squared distance ``best``."""
+    place = np.inf
     for corner in range(8):
-        bit = (corner >> 2, (corner >> 1) & 1, corner & 1)
-        a = table[base + bit[0] * stride[0] + bit[1] * stride[1] + bit[2]]
-        distance = _square(offset[0] - bit[0]) + _square(offset[1] - bit[1])
-        distance += _square(offset[2] - bit[2])
-        if distance < best or (distance == best and a < place):
-            best, place = distance, _f8(a)
-        for axis in range(3):
-            along = offset[axis]
-            if bit[axis] == 0 and 0.0 < along < 1.0:
-                b = table[base + bit[0] * stride[0] + bit[1] * stride[1] + bit[2] + stride[axis]]
-                across = distance - along * along
-                s = a + along if b == a + 1 else b + 1.0 - along
-                near = abs(b - a) == 1 and (across < best or (across == best and s < place))
-                if near:
-                    best, place = across, s
-    return place, max(best, 0.0)
+        i, j, k = corner >> 2, (corner >> 1) & 1, corner & 1
+        apart = (hx2 if i else fx2) + (hy2 if j else fy2) + (hz2 if k else fz2)
+        if apart == best:
+            place = min(place, _f8(table[base + (i * side + j) * side + k]))
+    return place
 
 
 @jit
@@ -119,9 +169,7 @@ def depth_of_levels(levels, depth_m, backward, ends):
         source = levels[start : min(start + BLOCK, levels.size)]
         target = depth_m[start : start + source.size]
         block = work[: source.size]
-        for j in range(block.size):
-            block[j] = max(backward[0] + backward[1] * source[j], 1e-290)
-        raise_block(block, backward[2])
+        power_block(source, block, backward[0], backward[1], backward[2])
         for j in range(block.size):
             d = max(min(backward[3] + backward[4] * block[j], far_m), near_m)
             d = d if source[j] >= first else np.nan
@@ -130,16 +178,44 @@ def depth_of_levels(levels, depth_m, backward, ends):
 
 @jit
 @no_type_check
-def decode_lattice(rgb, unit, depth_m, residual, table, side, backward, ends, limit):
-    """Colours [3N] (``unit`` of them is 255) to depth and residual float32 [N].
+def decode_bytes(rgb, depth_m, residual, table, edges, side, backward, ends, limit):
+    """Colours uint8 [3N] to depth and residual float32 [N], in whole numbers up to the place.
 
     ends as in `depth_of_levels`; a squared distance above ``limit`` is unknown. White is sky.
     Returns the largest residual.
     """
-    step = 255.0 / (side - 1)
-    scale = (side - 1) / unit
-    white = unit * (1.0 - 0.5 / 255.0)
-    farthest = 0.0
+    step, n, farthest = 255.0 / (side - 1), np.int32(side - 1), np.int32(0)
+    cell, rest = np.empty(256, np.int32), np.empty(256, np.int32)
+    for value in range(256):
+        cell[value] = min(value * n // 255, n - 1)
+        rest[value] = value * n - 255 * cell[value]
+    one, bound, across = np.int32(255), limit * n * n, np.empty(12, np.int32)
+    buffer = np.empty(BLOCK, _f8)
+    for start in range(0, depth_m.size, BLOCK):
+        stop = min(start + BLOCK, depth_m.size)
+        levels = buffer[: stop - start]
+        for j in range(levels.size):
+            at = 3 * (start + j)
+            r, g, b = rgb[at], rgb[at + 1], rgb[at + 2]
+            x, y, z, fx, fy, fz = cell[r], cell[g], cell[b], rest[r], rest[g], rest[b]
+            place, distance = nearest_in_cell(
+                x, y, z, (fx, fy, fz), one, table, edges, side, across
+            )
+            residual[start + j] = np.sqrt(_f8(distance)) / n
+            farthest = max(farthest, distance)
+            levels[j] = place * step if distance <= bound else np.nan
+            if r == 255 and g == 255 and b == 255:
+                levels[j] = np.inf
+        depth_of_levels(levels, depth_m[start:stop], backward, ends)
+    return np.sqrt(_f8(farthest)) / n
+
+
+@jit
+@no_type_check
+def decode_floats(rgb, depth_m, residual, table, edges, side, backward, ends, limit):
+    """As `decode_bytes`, for float32 [3N] with 1.0 at full brightness; NaN is unknown."""
+    step, scale, white, farthest = 255.0 / (side - 1), side - 1.0, 1.0 - 0.5 / 255.0, 0.0
+    last, across = _f8(side - 2), np.empty(12, _f8)
     buffer = np.empty(BLOCK, _f8)
     for start in range(0, depth_m.size, BLOCK):
         stop = min(start + BLOCK, depth_m.size)
@@ -150,12 +226,18 @@ def decode_lattice(rgb, unit, depth_m, residual, table, side, backward, ends, li
             if np.isnan(r + g + b):
                 levels[j], residual[start + j] = np.nan, np.nan
                 continue
-            place, distance = nearest_on_lattice(r * scale, g * scale, b * scale, table, side)
+            r, g, b = r * scale, g * scale, b * scale
+            x = int(min(max(np.floor(r), 0.0), last))
+            y = int(min(max(np.floor(g), 0.0), last))
+            z = int(min(max(np.floor(b), 0.0), last))
+            place, distance = nearest_in_cell(
+                x, y, z, (r - x, g - y, b - z), 1.0, table, edges, side, across
+            )
             distance *= step * step
             residual[start + j] = np.sqrt(distance)
             farthest = max(farthest, distance)
             levels[j] = place * step if distance <= limit else np.nan
-            if r >= white and g >= white and b >= white:
+            if r >= white * scale and g >= white * scale and b >= white * scale:
                 levels[j] = np.inf
         depth_of_levels(levels, depth_m[start:stop], backward, ends)
     return np.sqrt(farthest)

@@ -1,4 +1,4 @@
-"""x to the power p over a block of numbers, as vector code; compiled on first use."""
+"""(o + m x)^p over a block of numbers, as vector code; compiled on first use."""
 
 from __future__ import annotations
 
@@ -44,25 +44,26 @@ def _exp2(y):
 
 @jit
 @no_type_check
-def raise_block(block, exponent):
-    """Replace every x >= 0 of ``block`` (float32 or float64) by x**exponent.
+def power_block(source, target, offset, slope, exponent):
+    """target = max(offset + slope source, 0)**exponent, one block, computed in target's dtype.
 
     The exponents of the presets have loops of their own; any other one goes through
     2**(exponent log2 x) in float64, with a relative error below 1e-13.
     """
-    one = block.dtype.type(1.0)
+    kind = target.dtype.type
+    one, least, start, per = kind(1.0), kind(1e-290), kind(offset), kind(slope)
     if exponent == -2.0:
-        for j in range(block.size):
-            x = block[j]
-            block[j] = one / (x * x)
+        for j in range(target.size):
+            x = max(start + per * kind(source[j]), least)
+            target[j] = one / (x * x)
     elif exponent == -3.0:
-        for j in range(block.size):
-            x = block[j]
-            block[j] = one / (x * x * x)
+        for j in range(target.size):
+            x = max(start + per * kind(source[j]), least)
+            target[j] = one / (x * x * x)
     elif exponent == -0.5:
-        for j in range(block.size):
-            block[j] = one / np.sqrt(block[j])
+        for j in range(target.size):
+            target[j] = one / np.sqrt(max(start + per * kind(source[j]), least))
     else:
-        for j in range(block.size):
-            x = max(_f8(block[j]), 1e-290)
-            block[j] = _exp2(min(max(exponent * _log2(x), -1000.0), 1000.0))
+        for j in range(target.size):
+            x = max(_f8(start + per * kind(source[j])), 1e-290)
+            target[j] = _exp2(min(max(exponent * _log2(x), -1000.0), 1000.0))

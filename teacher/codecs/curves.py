@@ -102,6 +102,10 @@ class Curve:
         """For each lattice point, x slowest, its place on the curve (int32)."""
         return _table(self.name, self.order)
 
+    def edges(self) -> UInt32[np.ndarray, "n"]:
+        """For each of the (side - 1)^3 cells, the edges the curve runs along (`edges_of_cells`)."""
+        return _edges(self.name, self.order)
+
 
 @cache
 def _points(name: str, order: int) -> np.ndarray:
@@ -122,3 +126,12 @@ def _table(name: str, order: int) -> np.ndarray:
     table[at] = np.arange(side**3, dtype=np.int32)
     table.flags.writeable = False
     return table
+
+
+@cache
+def _edges(name: str, order: int) -> np.ndarray:
+    from teacher.codecs._lattice_kernels import edges_of_cells
+
+    edges = edges_of_cells(_points(name, order), 2**order)
+    edges.flags.writeable = False
+    return edges

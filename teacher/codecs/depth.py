@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
 from teacher.codecs._pixels import as_pixels
-from teacher.codecs.curves import Curve
+from teacher.codecs.curves import MAX_ORDER, Curve
 from teacher.codecs.edges import MIN_TRIGGER, snap_edges
 from teacher.errors import UsageError
 
@@ -105,20 +105,26 @@ class DepthCodec:
 
     Attributes:
         curve: "cube-walk" or "hilbert".
-        order: of the Hilbert curve, 1..8.
+        order: of the Hilbert curve, 1..8; it has no default (docs/results.md helps to choose).
         transform: `PowerTransform` or `PlainPower`.
         far_m: beyond it is sky; by default what the transform proposes.
         near_m: nearer is unknown; by default what the transform proposes.
     """
 
     curve: str = "cube-walk"
-    order: int = 1
+    order: int = 0
     transform: PowerTransform | PlainPower = PowerTransform()
     far_m: Number | None = None
     near_m: Number | None = None
 
     def __post_init__(self) -> None:
         """Fill in the default range and refuse an empty one."""
+        if self.order == 0 and self.curve == "hilbert":
+            raise UsageError(
+                f"DepthCodec: curve='hilbert' needs an order, 1..{MAX_ORDER}; 2 withstands colour "
+                "noise best, 8 is for lossless storage (docs/results.md, Codecs)"
+            )
+        object.__setattr__(self, "order", self.order or 1)  # of the walk
         near_m, far_m = self.transform.range_m
         if self.near_m is None:
             object.__setattr__(self, "near_m", near_m)
@@ -263,11 +269,11 @@ class DepthCodec:
             decode_full(pixels, depth_m, automaton()[0], self.backward(), self.ends())
             residual.fill(0.0)
             return depth_m, residual, 0.0
-        from teacher.codecs._lattice_kernels import decode_lattice
+        from teacher.codecs import _lattice_kernels as lattice
 
-        unit = 255.0 if pixels.dtype == np.uint8 else 1.0
-        how = (curve.table(), curve.side, self.backward(), self.ends(), limit)
-        return depth_m, residual, decode_lattice(pixels, unit, depth_m, residual, *how)
+        kernel = lattice.decode_bytes if pixels.dtype == np.uint8 else lattice.decode_floats
+        how = (curve.table(), curve.edges(), curve.side, self.backward(), self.ends(), limit)
+        return depth_m, residual, kernel(pixels, depth_m, residual, *how)
 
     def _depth_of(self, levels: np.ndarray) -> np.ndarray:
         from teacher.codecs._lattice_kernels import depth_of_levels
