@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from distill.data import DataModule
 from distill.journal import PICTURE, STEPS, VALIDATIONS, Journal, validate
+from distill.lesson_report import REPORT, write_report
 from distill.module import Lesson
+from distill.parallel import rank
 from distill.resume import save_state
 from student.checkpoint import save_student
 
-STUDENT, STATE = "student.safetensors", "state.safetensors"
+STUDENT, STATE, BEST = "student.safetensors", "state.safetensors", "best.safetensors"
 FLUSH_EVERY = 20  # steps
 CHECKPOINT_S = 180.0  # on a slow machine no kill costs more than that
 
@@ -34,7 +36,10 @@ class Stopped(BaseException):
 
 
 class Conductor(L.Callback):
-    """Between the steps: progress, logs, validation, checkpoints, signals."""
+    """Between the steps: progress, logs, validation, checkpoints, signals.
+
+    Of several processes only the first writes and validates; all agree on when to stop.
+    """
 
     def __init__(
         self, lesson: Lesson, data: DataModule, folder: Path, identity: dict[str, Any]
@@ -43,6 +48,8 @@ class Conductor(L.Callback):
         self.lesson, self.data, self.folder, self.identity = lesson, data, folder, identity
         self.signal = 0
         self.numbers: dict[str, float] = {}
+        self.worst: list[dict[str, Any]] = []
+        self.first, self.over = rank() == 0, False
         self.validated_at = -1
         self.before_s, self.first_step = lesson.trained_s, lesson.step_number
 
@@ -50,9 +57,13 @@ class Conductor(L.Callback):
         """Open logs and the progress bar."""
         self.started, self.show_next_s = time.monotonic(), 0.0
         self.saved = self.started
-        self.journal = Journal(self.folder, step=self.lesson.step_number)
+        if self.first:
+            self.journal = Journal(self.folder, step=self.lesson.step_number)
         self.bar = tqdm(
-            total=100, desc="train", bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}"
+            total=100,
+            desc="train",
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
+            disable=not self.first,
         )
         self.originals = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -63,7 +74,8 @@ class Conductor(L.Callback):
             for number, handler in self.originals.items():
                 signal.signal(number, handler)
         self.bar.close()
-        self.journal.close()
+        if self.first:
+            self.journal.close()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take the signals: Lightning would raise in the middle of a step."""
@@ -81,18 +93,28 @@ class Conductor(L.Callback):
         """After every step."""
         lesson, config = self.lesson, self.lesson.config
         lesson.trained_s = self.before_s + time.monotonic() - self.started
-        self.journal.step(lesson)
-        over = lesson.progress() >= 1
+        due_now = lesson.step_number % config.val_every == 0
+        if self.first:
+            self.journal.step(lesson)
+            if due_now and lesson.progress() < 1 and not self.signal:
+                self._validate()
+        self.signal, tired = lesson.agree(signal=self.signal)
+        self.over = lesson.progress() >= 1 or tired
+        if self.first:
+            self._keep(trainer.optimizers[0])
+        if self.over or self.signal:
+            trainer.should_stop = True
+
+    def _keep(self, optimizer: torch.optim.Optimizer) -> None:
+        """Show the step, and save it when it is time."""
+        lesson = self.lesson
         self._show()
-        if lesson.step_number % config.val_every == 0 and not over and not self.signal:
-            self._validate()
         due = time.monotonic() - self.saved >= CHECKPOINT_S
-        if lesson.step_number % config.checkpoint_every == 0 or due or over or self.signal:
-            self.checkpoint(trainer.optimizers[0])
+        wanted = lesson.step_number % lesson.config.checkpoint_every == 0
+        if wanted or due or self.over or self.signal:
+            self.checkpoint(optimizer)
         elif lesson.step_number % FLUSH_EVERY == 0:
             self.journal.flush()
-        if over or self.signal:
-            trainer.should_stop = True
 
     def _show(self) -> None:
         lesson = self.lesson
@@ -113,10 +135,15 @@ class Conductor(L.Callback):
         self.bar.refresh()
 
     def _validate(self) -> None:
-        self.numbers, picture = validate(self.lesson, self.data)
+        self.numbers, picture, self.worst = validate(self.lesson, self.data)
         self.validated_at = self.lesson.step_number
-        if self.numbers:
-            self.journal.validation(self.lesson, self.numbers, picture)
+        if not self.numbers:
+            return
+        self.journal.validation(self.lesson, self.numbers, picture)
+        better = self.lesson.note_validation(self.numbers["loss"])
+        if better and self.lesson.config.patience is not None:
+            self.save_student(BEST)
+        write_report(self.folder, self.identity, worst=self.worst)
 
     def checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         """State first, then the student: each whole at any moment."""
@@ -125,12 +152,13 @@ class Conductor(L.Callback):
         self.save_student()
         self.saved = time.monotonic()
 
-    def save_student(self) -> None:
+    def save_student(self, name: str = STUDENT) -> None:
         """The moving average as ``student.safetensors``."""
         lesson = self.lesson
         provenance = {
             "made_by": "distill train",
-            **{k: self.identity[k] for k in ("trainer", "data", "weights")},
+            **{k: self.identity[k] for k in ("trainer", "data", "weights", "features", "init")},
+            "licences": self.identity["licences"],
             "steps": lesson.step_number,
             "skipped": lesson.skipped,
             "backbone": lesson.student.config["backbone"],
@@ -138,7 +166,7 @@ class Conductor(L.Callback):
             "torch": torch.__version__,
             "validation": self.numbers,
         }
-        save_student(lesson.average.student, self.folder / STUDENT, provenance)
+        save_student(lesson.average.student, self.folder / name, provenance)
 
     def finish(self) -> dict[str, Any]:
         """Validate, save, sum up; or say that a signal ended the lesson."""
@@ -149,20 +177,39 @@ class Conductor(L.Callback):
                 f"{lesson.step_number}; the same command goes on there.",
                 number=self.signal,
             )
+        if not self.first:
+            return {}
         if self.validated_at != lesson.step_number:
             self._validate()
         self.save_student()
-        seconds = self.before_s + time.monotonic() - self.started
+        best = self.folder / BEST
+        if best.is_file():
+            best.replace(self.folder / STUDENT)
+        result = self._result()
+        write_report(self.folder, self.identity, worst=self.worst, result=result)
+        return result
+
+    def _result(self) -> dict[str, Any]:
+        lesson = self.lesson
+        here_s = time.monotonic() - self.started
+        seconds = self.before_s + here_s
         images_per_s = lesson.step_number * lesson.config.batch_size / max(seconds, 1e-9)
         shown = ", ".join(f"{k} {v:.3g}" for k, v in self.numbers.items()) or "no validation images"
+        early = "" if lesson.progress() >= 1 else ", stopped early"
+        bad = self.data.bad_pixels()
+        masked = f", {sum(bad.values())} impossible label pixels masked" if bad else ""
+        names = (STEPS, VALIDATIONS, PICTURE, "tensorboard", REPORT)
         return {
             "summary": f"{self.folder / STUDENT}: {lesson.step_number} steps in {seconds:.0f} s "
-            f"({images_per_s:.0f} img/s), {shown}",
+            f"({images_per_s:.0f} img/s){early}, {shown}{masked}",
             "student": str(self.folder / STUDENT),
             "steps": lesson.step_number,
             "skipped": lesson.skipped,
+            "bad_pixels": bad,
             "seconds": round(seconds, 1),
+            "outside_steps": round(1 - lesson.busy_s / max(here_s, 1e-9), 4),
             "images_per_s": round(images_per_s, 2),
+            "objective": self.numbers.get("loss"),
             "validation": {k: round(v, 6) for k, v in self.numbers.items()},
-            "logs": [str(self.folder / n) for n in (STEPS, VALIDATIONS, PICTURE, "tensorboard")],
+            "logs": [str(self.folder / n) for n in names],
         }

@@ -196,15 +196,26 @@ class DataModule:
         return _finished(sample)
 
     def _val_sample(self, set_index: int, key: str) -> dict[str, np.ndarray]:
-        record = self.record(set_index, key)
-        return _finished(make_sample(record, self.frame, rng=None, mode="none"))
+        sample = make_sample(self.record(set_index, key), self.frame, rng=None, mode="none")
+        ids = {"instance_ids": sample["instances"]} if "instances" in sample else {}
+        return _finished(sample) | ids
 
-    def train_batches(self, *, steps: int, start: int = 0) -> Batches:
-        """Batches of the steps ``start`` to ``steps``; the same whatever came before."""
+    def train_batches(
+        self, *, steps: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Batches:
+        """Batches of the steps ``start`` to ``steps``; the same whatever came before.
+
+        Of ``world`` processes each takes every so many-th image of a batch, from its ``rank``.
+        """
+        if self.batch_size % world:
+            raise UsageError(
+                f"trainer.batch_size={self.batch_size}: expected a multiple of the {world} "
+                "processes that share a batch (trainer.devices, torchrun)"
+            )
         sizes = [len(keys) for keys in self.train]
         plan = schedule(sizes, self.weights, count=steps * self.batch_size, seed=self.seed)
-        jobs = plan[start * self.batch_size :]
-        return Batches(self._train_sample, jobs, self.batch_size, self.threads)
+        jobs = plan[start * self.batch_size :][rank::world]
+        return Batches(self._train_sample, jobs, self.batch_size // world, self.threads)
 
     def val_batches(self) -> Batches:
         """All validation images in order, letterboxed; the last batch may be short."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,24 @@ from PIL import Image
 
 from distill.data import DataModule
 from distill.losses import all_losses
+from distill.masked import alone
 from distill.module import Lesson
 from distill.pictures import comparison
 from student.checkpoint import write_atomic
+from student.grouping import group
+from student.model import Student
 from teacher import metrics
 
 STEPS, VALIDATIONS, PICTURE = "metrics.csv", "validation.csv", "validation.png"
 ROWS_SHOWN = 4
+WORST = 3  # cases kept per task
+# What ranks a case, per task: the number, and whether larger is worse.
+HEADLINE = {
+    "depth": ("abs_rel", True),
+    "normals": ("mean_deg", True),
+    "semantic": ("pixel_accuracy", False),
+    "instances": ("pq", False),
+}
 MIN_M, MAX_M = 0.3, 40.0  # where depth is judged, as in `teacher.score`
 
 
@@ -97,54 +109,127 @@ def _step_of(line: str) -> float:
 
 
 @torch.no_grad()
-def validate(lesson: Lesson, data: DataModule) -> tuple[dict[str, float], np.ndarray | None]:
+def validate(
+    lesson: Lesson, data: DataModule
+) -> tuple[dict[str, float], np.ndarray | None, list[dict[str, Any]]]:
     """The averaged student on the held-out images, whole and letterboxed.
 
     Returns:
         ``loss`` and, by the ruler of `teacher.metrics` at the student's size, ``abs_rel``,
-        ``delta1`` (unaligned metres), ``mean_deg``, ``miou``: per image, then mean; and the
-        picture of the first few. Empty without held-out images.
+        ``delta1`` (unaligned metres), ``boundary_f1``, ``mean_deg``, ``pixel_accuracy``: per image,
+        then mean; ``miou`` and ``pq`` over all; the picture of the first few; and the worst cases
+        of each task (``task``, ``key``, ``number``, ``value``, ``picture``). Empty without held-out
+        images.
     """
     sums: dict[str, list[float]] = {}
     names = lesson.student.config["classes"].values()
     confusion = metrics.SemanticConfusion(classes=dict(enumerate(names))) if names else None
-    picture = None
+    tally = metrics.PanopticTally(classes={0: "none", 1: "object"})
+    picture, cases, at = None, Cases(), 0
     for batch in data.val_batches():
         batch = {k: v.to(lesson.device) for k, v in batch.items()}
         answer = lesson.average.student(batch["image"])
-        sums.setdefault("loss", []).append(float(all_losses(answer, batch)["total"]))
+        with alone():  # the other processes are not here
+            sums.setdefault("loss", []).append(float(all_losses(answer, batch)["total"]))
         here = {k: v.float().cpu().numpy() for k, v in answer.items()}
         truth = {k: v.cpu().numpy() for k, v in batch.items()}
-        for name, value in _judge(lesson, here, truth, confusion):
-            sums.setdefault(name, []).append(value)
+        for i in range(len(truth["image"])):
+            one, said = ({k: v[i : i + 1] for k, v in d.items()} for d in (truth, here))
+            numbers = judge(lesson.student, said, one, confusion, tally)
+            for name, value in numbers.items():
+                sums.setdefault(name, []).append(value)
+            cases.offer(data.val[at][1], numbers, one, said, lesson.student.tasks)
+            at += 1
         if picture is None:
             few = [{k: v[:ROWS_SHOWN] for k, v in d.items()} for d in (truth, here)]
             picture = comparison(few[0], few[1], lesson.student.tasks)
-    numbers = {name: float(np.mean(values)) for name, values in sums.items()}
+    means = {name: float(np.mean(values)) for name, values in sums.items()}
     if confusion is not None and sums:
-        numbers["miou"] = float(confusion.result()["miou"])
-    return numbers, picture
+        means["miou"] = float(confusion.result()["miou"])
+    if "pq" in means:
+        means["pq"] = float(tally.result()["per_class"]["object"]["pq"])
+    return means, picture, cases.listed()
 
 
-def _judge(
-    lesson: Lesson,
+class Cases:
+    """The worst few images of every task, with their pictures."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.found: dict[str, list[dict[str, Any]]] = {}
+
+    def offer(
+        self,
+        key: str,
+        numbers: dict[str, float],
+        truth: dict[str, np.ndarray],
+        answer: dict[str, np.ndarray],
+        tasks: Sequence[str],
+    ) -> None:
+        """Keep this image for the tasks in which it is among the worst."""
+        for task in tasks:
+            name, large_is_bad = HEADLINE[task]
+            if name not in numbers:
+                continue
+            value = numbers[name]
+            kept = self.found.setdefault(task, [])
+            rank = value if large_is_bad else -value
+            if len(kept) == WORST and rank <= kept[-1]["rank"]:
+                continue
+            picture = comparison(truth, answer, [task])
+            case = {"task": task, "key": key, "number": name, "value": value, "rank": rank}
+            kept.append(case | {"picture": picture})
+            kept.sort(key=lambda c: (-c["rank"], c["key"]))
+            del kept[WORST:]
+
+    def listed(self) -> list[dict[str, Any]]:
+        """All kept cases, task by task, worst first."""
+        return [case for kept in self.found.values() for case in kept]
+
+
+def judge(
+    student: Student,
     answer: dict[str, np.ndarray],
     truth: dict[str, np.ndarray],
     confusion: metrics.SemanticConfusion | None,
-) -> Iterator[tuple[str, float]]:
-    """Every number of every image of a batch by name; images without truth are left out."""
-    for i, focal_px in enumerate(truth["focal_px"]):
-        if "depth" in answer:
-            to_metres = focal_px / lesson.student.canonical_focal_px
-            pair = (answer["depth"][i, 0] * to_metres, truth["depth"][i, 0] * to_metres)
-            numbers = metrics.depth_metrics(*pair, min_m=MIN_M, max_m=MAX_M)
-            if numbers["count"]:
-                yield from ((name, float(numbers[name])) for name in ("abs_rel", "delta1"))
-        if "normals" in answer:
-            pair = (answer["normals"][i], truth["normals"][i])
-            angles = metrics.normal_metrics(*(a.transpose(1, 2, 0) for a in pair))
-            if angles["count"]:
-                yield "mean_deg", float(angles["mean_deg"])
-        if confusion is not None:
-            said = answer["semantic"][i].argmax(0).astype(np.uint16)
-            confusion.add(said, truth["semantic"][i].astype(np.uint16))  # -1 becomes 65535, unknown
+    tally: metrics.PanopticTally,
+) -> dict[str, float]:
+    """The numbers of one image (batch axis of 1) by name; a task without truth is left out."""
+    out: dict[str, float] = {}
+    if "depth" in answer:
+        to_metres = truth["focal_px"][0] / student.canonical_focal_px
+        pair = (answer["depth"][0, 0] * to_metres, truth["depth"][0, 0] * to_metres)
+        numbers = metrics.depth_metrics(*pair, min_m=MIN_M, max_m=MAX_M)
+        if numbers["count"]:
+            out |= {name: float(numbers[name]) for name in ("abs_rel", "delta1")}
+            edges = metrics.boundary_f1(*pair)
+            out |= {} if math.isnan(edges) else {"boundary_f1": edges}
+    if "normals" in answer:
+        pair = (answer["normals"][0].transpose(1, 2, 0), truth["normals"][0].transpose(1, 2, 0))
+        angles = metrics.normal_metrics(*pair)
+        if angles["count"]:
+            out["mean_deg"] = float(angles["mean_deg"])
+    if confusion is not None:
+        said = answer["semantic"][0].argmax(0).astype(np.uint16)
+        aim = truth["semantic"][0].astype(np.uint16)  # -1 becomes 65535, unknown
+        confusion.add(said, aim)
+        known = aim != 65535
+        if known.any():
+            out["pixel_accuracy"] = float((said == aim)[known].mean())
+    if "center" in answer and (truth["instance_ids"] >= 0).any():
+        out |= _judge_instances(answer, truth, tally)
+    return out
+
+
+def _judge_instances(
+    answer: dict[str, np.ndarray], truth: dict[str, np.ndarray], tally: metrics.PanopticTally
+) -> dict[str, float]:
+    """PQ of one image's grouped instances, without regard to class; added to ``tally`` as well."""
+    said, _ = group(answer["center"][0, 0], answer["offset"][0])
+    aim = truth["instance_ids"][0]
+    classes = [np.where(ids < 0, 255, ids > 0).astype(np.uint8) for ids in (said, aim)]
+    one = metrics.PanopticTally(classes={0: "none", 1: "object"})
+    one.add((classes[0], said), (classes[1], aim.clip(0).astype(np.uint16)))
+    tally.merge(one)
+    found = one.result()["per_class"]["object"]
+    return {"pq": float(found["pq"])} if found["tp"] + found["fn"] else {}

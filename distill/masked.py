@@ -1,6 +1,10 @@
-"""Means over what is known, over all processes of a lesson, weighted by how sure the teacher was."""
+"""Means over the known, over all processes of a lesson, weighted by how sure the teacher was."""
 
 from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,8 +20,23 @@ HALF_WEIGHT = {"depth": 0.1, "normals": 20.0, "semantic": 0.5}
 UNRELIABLE = {"depth": 0.7, "normals": 60.0, "semantic": 0.9}
 
 
+_ALONE = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within the block sums are this process's own, as in the validation of the first."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 def world() -> int:
     """Number of processes that share the lesson."""
+    if _ALONE.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -8,107 +8,31 @@ resumed lesson is the uninterrupted one.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from dataclasses import dataclass
+import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from distill.capture import save_capture
+from distill.features import FeatureLoss
 from distill.losses import all_losses
+from distill.parallel import add_gradients, agreed, rank
+from distill.trainer import PRECISIONS, TrainerConfig
 from student.model import Student
-from teacher.errors import UsageError
 
 FINAL_LR = 0.01  # share of the peak learning rate at the end of the cosine
+FP16_SCALE = 2.0**14  # of the loss at the start; halved at every overflow
+FP16_GROW = 500  # good steps after which the scale is doubled
 
 
 class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite. Exit 3."""
 
     exit_code = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """How long and how to train; the keys of conf/trainer/*.yaml.
-
-    Attributes:
-        steps: optimiser steps at most.
-        minutes: training time at most, counted over all starts; None for no limit. The schedule
-            then follows whichever is further, so such a lesson cannot be repeated bit by bit.
-        batch_size: images per step.
-        lr: peak learning rate of AdamW (Loshchilov & Hutter 2019).
-        backbone_lr_factor: times ``lr`` for the backbone; below 1 when it starts pretrained.
-        weight_decay: on matrices and kernels, not on biases and norms.
-        warmup_steps: linear warm-up, then a cosine down to a hundredth.
-        grad_clip: largest norm of the gradient; larger ones are scaled down.
-        ema_decay: of the weights' moving average, which is what is saved as the student.
-        precision: ``auto``, ``fp32`` or ``bf16``; auto is bf16 on GPUs that have it, fp32 on CPUs.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        seed: of initial weights, order and augmentation.
-        augment: ``strong``, ``geometry`` or ``none``.
-        val_share: share of the keys held out for validation.
-        val_every: steps between validations.
-        checkpoint_every: steps between checkpoints.
-        bad_steps_limit: so many bad steps in a row end the lesson.
-        threads: loading threads.
-    """
-
-    steps: int = 20000
-    minutes: float | None = None
-    batch_size: int = 16
-    lr: float = 1e-3
-    backbone_lr_factor: float = 1.0
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
-    grad_clip: float = 5.0
-    ema_decay: float = 0.998
-    precision: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    augment: str = "strong"
-    val_share: float = 0.05
-    val_every: int = 500
-    checkpoint_every: int = 500
-    bad_steps_limit: int = 20
-    threads: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, by name."""
-        for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            kinds = (float, int) if isinstance(default, float) else type(default)
-            if not isinstance(value, kinds) and field.name != "minutes":
-                raise UsageError(
-                    f"trainer.{field.name}={value!r}: expected a value like {default!r}"
-                )
-        for name in ("steps", "batch_size", "val_every", "checkpoint_every", "bad_steps_limit"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"trainer.{name}={getattr(self, name)}: expected at least 1")
-        minutes = self.minutes
-        if minutes is not None and not (isinstance(minutes, (float, int)) and minutes > 0):
-            raise UsageError(f"trainer.minutes={minutes!r}: expected more than 0, or null")
-        for name in ("lr", "grad_clip", "backbone_lr_factor"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"trainer.{name}={getattr(self, name)}: expected more than 0")
-        for name in ("ema_decay", "val_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"trainer.{name}={getattr(self, name)}: expected within [0, 1)")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UsageError(f"trainer.precision={self.precision!r}: expected auto, fp32 or bf16")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UsageError(f"trainer.device={self.device!r}: expected auto, cpu or cuda")
-
-
-def trainer_config(values: dict[str, Any]) -> TrainerConfig:
-    """A dict of plain values -> `TrainerConfig`; an unknown key is named with its neighbours."""
-    known = [field.name for field in dataclasses.fields(TrainerConfig)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UsageError(f"trainer: no key {', '.join(unknown)}; the keys are {', '.join(known)}")
-    return TrainerConfig(**values)
 
 
 def lr_factor(*, step: int, progress: float, warmup_steps: int) -> float:
@@ -122,19 +46,46 @@ def lr_factor(*, step: int, progress: float, warmup_steps: int) -> float:
     return warm * (FINAL_LR + (1 - FINAL_LR) * cosine)
 
 
-def parameter_groups(student: Student, config: TrainerConfig) -> list[dict[str, Any]]:
-    """Backbone and rest, each with and without weight decay."""
-    groups = []
-    for own, factor in ((True, config.backbone_lr_factor), (False, 1.0)):
-        for decays in (True, False):
-            params = [
-                p
-                for name, p in student.named_parameters()
-                if name.startswith("backbone.") is own and (p.ndim > 1) is decays
-            ]
-            decay = config.weight_decay if decays else 0.0
-            groups.append({"params": params, "weight_decay": decay, "factor": factor})
-    return [group for group in groups if group["params"]]
+def layers_of(names: list[str]) -> dict[str, int]:
+    """Parameter name -> number of its layer, in order; a layer ends with the last whole number.
+
+    ``net.blocks.3.attn.qkv.weight`` belongs to ``net.blocks.3``; what comes before the first such
+    layer is layer 0, what comes after the last one belongs to the last.
+    """
+    found: dict[str, int] = {}
+    order: list[str] = []
+    for name in names:
+        parts = name.split(".")
+        at = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+        layer = ".".join(parts[: at + 1])
+        if layer and layer not in order:
+            order.append(layer)
+        found[name] = order.index(layer) + 1 if layer else len(order)
+    return found
+
+
+def parameter_groups(
+    student: Student, config: TrainerConfig, extra: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """Parameters by learning rate and weight decay.
+
+    The backbone's rate falls by ``layer_decay`` per layer from its end to its beginning (Clark et
+    al. 2020, "ELECTRA", section A; Bao et al. 2022, "BEiT"); ``extra`` counts as a head.
+    """
+    named = list(student.named_parameters())
+    layers = layers_of([n for n, _ in named if n.startswith("backbone.")])
+    last = max(layers.values(), default=0)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in (*named, *(extra.named_parameters() if extra is not None else ())):
+        factor = 1.0
+        if name in layers:
+            factor = config.backbone_lr_factor * config.layer_decay ** (last - layers[name])
+        decay = config.weight_decay if p.ndim > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(p)
+    return [
+        {"params": params, "weight_decay": decay, "factor": factor}
+        for (factor, decay), params in groups.items()
+    ]
 
 
 class MovingAverage:
@@ -160,25 +111,47 @@ class MovingAverage:
 
 
 class Lesson(L.LightningModule):
-    """A student being taught; Lightning brings device, precision and loop.
+    """A student being taught; Lightning brings device and loop.
 
     Attributes:
         step_number: optimiser steps done, skipped ones included, over all starts.
         skipped: steps skipped because loss or gradient was not finite.
         average: the moving average, which is what gets saved and validated.
+        best, best_for: lowest validation loss so far, and validations since.
+        trained_s, busy_s: seconds over all starts, and those inside steps since this start.
     """
 
-    def __init__(self, student: Student, config: TrainerConfig) -> None:
-        """Take the student over; its average starts as a copy."""
+    def __init__(
+        self,
+        student: Student,
+        config: TrainerConfig,
+        *,
+        folder: Path | None = None,
+    ) -> None:
+        """Take the student over; its average starts as a copy. ``folder``: for captures."""
         super().__init__()
         self.automatic_optimization = False
-        self.student, self.config = student, config
-        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = MovingAverage(student, decay=config.ema_decay)
+        self.student, self.config, self.folder = student, config, folder
+        self.features: FeatureLoss | None = None
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.step_number, self.skipped, self.skipped_in_a_row = 0, 0, 0
-        self.trained_s = 0.0
+        self.best, self.best_for, self.good_steps = math.inf, 0, 0
+        self.trained_s, self.busy_s = 0.0, 0.0
+        self.precision_name = "fp32"
+        self.loss_scale = 1.0
         self.optimizer_state: dict[str, Any] | None = None
         self.last: dict[str, Tensor] = {}
+
+    def learn_features(self, source: dict[str, Any]) -> None:
+        """Also draw the student's features towards a frozen network's (`distill.features`)."""
+        self.features = FeatureLoss(source, self.student)
+
+    def set_precision(self, name: str) -> None:
+        """One of `PRECISIONS`; float16 gets a scaled loss (Micikevicius et al. 2018)."""
+        self.precision_name = name
+        if name == "fp16" and self.loss_scale == 1.0:
+            self.loss_scale = FP16_SCALE
 
     def progress(self) -> float:
         """How much of the lesson is over, by steps or by minutes, whichever is further."""
@@ -187,9 +160,14 @@ class Lesson(L.LightningModule):
             return by_steps
         return max(by_steps, self.trained_s / (60 * self.config.minutes))
 
+    def taught(self) -> list[nn.Parameter]:
+        """Everything that learns: the student, and what projects its features."""
+        extra = list(self.features.parameters()) if self.features is not None else []
+        return [*self.student.parameters(), *extra]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, with the state of an interrupted lesson if there is one."""
-        groups = parameter_groups(self.student, self.config)
+        groups = parameter_groups(self.student, self.config, self.features)
         optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
@@ -206,8 +184,10 @@ class Lesson(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One optimiser step, or a skipped one when loss or gradient is not finite."""
+        started = time.perf_counter()
         optimizer: Any = self.optimizers()
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step_number)
+        seed = self.config.seed * 1_000_003 + self.step_number
+        torch.manual_seed(seed + 7919 * rank())
         factor = lr_factor(
             step=self.step_number,
             progress=self.progress(),
@@ -215,31 +195,97 @@ class Lesson(L.LightningModule):
         )
         for group in optimizer.param_groups:
             group["lr"] = self.config.lr * group["factor"] * factor
-        statistics = [b.clone() for b in self.student.buffers()]
-        image = batch["image"].contiguous(memory_format=torch.channels_last)
-        losses = all_losses(self.student(image), batch)
-        self.manual_backward(losses["total"])
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.grad_clip)
+        statistics = {name: b.clone() for name, b in self.student.named_buffers()}
+        losses = self._backward(batch)
+        norm = self._gradient_norm()
         good = bool(torch.isfinite(norm) & torch.isfinite(losses["total"]))
+        # an overflow of float16 is no fault of the lesson: a smaller scale mends it
+        overflow = not good and self.loss_scale > 1 and bool(torch.isfinite(losses["total"]))
         if good:
             optimizer.step()
             self.average.update(self.student, self.step_number)
         else:  # the forward pass has already touched the norms' statistics
             with torch.no_grad():
-                for buffer, saved in zip(self.student.buffers(), statistics, strict=True):
-                    buffer.copy_(saved)
+                for name, buffer in self.student.named_buffers():
+                    buffer.copy_(statistics[name])
+            if not overflow:
+                self._capture(batch, statistics, seed)
         optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
-        self._count(good)
+        self._rescale(good)
         facts = {"grad_norm": norm, "lr": torch.tensor(self.config.lr * factor)}
         self.last = {k: v.detach() for k, v in (losses | facts).items()}
+        self.busy_s += time.perf_counter() - started
+        self._count(good, overflow)
 
-    def _count(self, good: bool) -> None:
+    def _backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Forward and backward over the batch, in as many passes as configured; mean losses."""
+        passes = self.config.accumulate
+        sums: dict[str, Tensor] = {}
+        for part in range(passes):
+            piece = {k: v[part::passes] for k, v in batch.items()}
+            image = piece["image"].contiguous(memory_format=torch.channels_last)
+            dtype = PRECISIONS[self.precision_name]
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                answer = self.student(image)
+            losses = all_losses(answer, piece)
+            if self.features is not None:
+                losses["features"] = self.features(piece["clean"])
+                losses["total"] = losses["total"] + self.features.weight * losses["features"]
+            self.manual_backward(losses["total"] * (self.loss_scale / passes))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / passes
+        return sums
+
+    def _gradient_norm(self) -> Tensor:
+        """Gradients of all processes together, unscaled and clipped; their norm before that."""
+        taught = self.taught()
+        add_gradients(taught)
+        if self.loss_scale != 1:
+            for parameter in taught:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.loss_scale)
+        return nn.utils.clip_grad_norm_(taught, self.config.grad_clip)
+
+    def _rescale(self, good: bool) -> None:
+        if self.precision_name != "fp16":
+            return
+        self.good_steps = self.good_steps + 1 if good else 0
+        if not good:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self.good_steps % FP16_GROW == 0:
+            self.loss_scale = min(2.0**16, self.loss_scale * 2)
+
+    def _capture(self, batch: dict[str, Tensor], statistics: dict[str, Tensor], seed: int) -> None:
+        if self.folder is None:
+            return
+        facts = {"step": self.step_number + 1, "seed": seed, "precision": self.precision_name}
+        suffix = f"-process{rank()}" if rank() else ""
+        save_capture(self.folder, self.student, batch, statistics, facts, suffix=suffix)
+
+    def _count(self, good: bool, overflow: bool) -> None:
         self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
-        self.skipped += not good
+        self.skipped += not good and not overflow
         if self.skipped_in_a_row >= self.config.bad_steps_limit:
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row (up to step {self.step_number}) had a "
-                "loss or gradient that is not finite; the last checkpoint is intact. Try a smaller "
+                "loss or gradient that is not finite; the last checkpoint is intact. `python -m "
+                "distill.capture OUT/bad-step-*.safetensors` runs such a step again. Try a smaller "
                 f"trainer.lr (now {self.config.lr:g}) or trainer.precision=fp32."
             )
+
+    def note_validation(self, loss: float) -> bool:
+        """Count a validation; True if it was the best so far."""
+        better = loss < self.best
+        self.best, self.best_for = (loss, 0) if better else (self.best, self.best_for + 1)
+        return better
+
+    def out_of_patience(self) -> bool:
+        """Whether the validations have stopped getting better for long enough."""
+        return self.config.patience is not None and self.best_for >= self.config.patience
+
+    def agree(self, *, signal: int) -> tuple[int, bool]:
+        """Settle with all processes: the signal that stops them, and whether patience is out."""
+        values = agreed(signal, self.trained_s, self.out_of_patience(), device=self.device)
+        self.trained_s = values[1]
+        return int(values[0]), bool(values[2])

@@ -1,8 +1,8 @@
 """``state.safetensors``: what a killed lesson needs to go on; safetensors + JSON, never a pickle.
 
-Layout: tensors ``student.*``, ``average.*``, ``optimizer.INDEX.NAME``; metadata ``format`` and
-``facts`` (JSON: step, skipped steps, trained seconds). One file, replaced atomically, so that its
-parts always belong together.
+Layout: tensors ``student.*``, ``average.*``, ``features.*`` (the projection, if features are
+learnt), ``optimizer.INDEX.NAME``; metadata ``format`` and ``facts`` (JSON, `FACTS`). One file,
+replaced atomically, so that its parts always belong together.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ from student.checkpoint import write_atomic
 from teacher.errors import UsageError
 
 FORMAT = "dense-distill lesson 1"
+FACTS = {  # name in the file -> attribute of the lesson
+    "step": "step_number",
+    "skipped": "skipped",
+    "skipped_in_a_row": "skipped_in_a_row",
+    "trained_s": "trained_s",
+    "best": "best",
+    "best_for": "best_for",
+    "good_steps": "good_steps",
+    "loss_scale": "loss_scale",
+}
 
 
 @contextlib.contextmanager
@@ -61,12 +71,9 @@ def save_state(lesson: Lesson, optimizer: torch.optim.Optimizer, path: Path) -> 
     tensors |= {f"average.{k}": v for k, v in lesson.average.student.state_dict().items()}
     for index, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
-    facts = {
-        "step": lesson.step_number,
-        "skipped": lesson.skipped,
-        "skipped_in_a_row": lesson.skipped_in_a_row,
-        "trained_s": lesson.trained_s,
-    }
+    if lesson.features is not None:
+        tensors |= {f"features.{k}": v for k, v in lesson.features.state_dict().items()}
+    facts = {name: getattr(lesson, attribute) for name, attribute in FACTS.items()}
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": FORMAT, "facts": json.dumps(facts)}
     write_atomic(path, to_bytes(whole, metadata=metadata))
@@ -87,13 +94,15 @@ def load_state(lesson: Lesson, path: Path) -> None:
         facts = json.loads(metadata["facts"])
         lesson.student.load_state_dict(_part(tensors, "student."))
         lesson.average.student.load_state_dict(_part(tensors, "average."))
+        if lesson.features is not None:
+            lesson.features.load_state_dict(_part(tensors, "features."))
+        for name, attribute in FACTS.items():
+            setattr(lesson, attribute, facts[name])
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(
             f"{path}: cannot be resumed ({error}). Delete the run's folder, or train into another "
             "out=."
         ) from error
-    lesson.step_number, lesson.skipped = facts["step"], facts["skipped"]
-    lesson.skipped_in_a_row, lesson.trained_s = facts["skipped_in_a_row"], facts["trained_s"]
     lesson.optimizer_state = _optimizer_state(lesson, _part(tensors, "optimizer."))
 
 

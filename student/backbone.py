@@ -117,7 +117,7 @@ class Backbone(nn.Module):
         facts = timm.get_pretrained_cfg(name)
         options: dict[str, Any] = {}
         if facts is not None and facts.fixed_input_size:
-            self._check_size(name, height, width, self._coarsest_stride(name))
+            self._check_size(name, height, width, self.stride_of(name))
             options["img_size"] = (height, width)
         probe = _create(name, pretrained=False, weights="", options=options)
         blocks = len(probe.feature_info.info)
@@ -136,7 +136,10 @@ class Backbone(nn.Module):
         self.licence = licence or _licence_of(weights) or recorded
 
     @staticmethod
-    def _coarsest_stride(name: str) -> int:
+    def stride_of(name: str) -> int:
+        """The coarsest stride of a backbone [px], which its input size must be a multiple of."""
+        if not timm.is_model(name):
+            raise _unknown_backbone(name)
         probe: Any = timm.create_model(name, features_only=True)
         return max(probe.feature_info.reduction())
 

@@ -16,9 +16,10 @@ from analytic_scenes import write_analytic_set
 from distill import conductor, module
 from distill.conductor import Stopped
 from distill.journal import Journal
-from distill.module import Diverged, lr_factor, trainer_config
+from distill.module import Diverged, lr_factor
 from distill.resume import alone_in
 from distill.train import train
+from distill.trainer import trainer_config
 from student.checkpoint import load_student
 from teacher.errors import UsageError
 
@@ -67,6 +68,7 @@ def test_a_run_leaves_a_student_its_logs_and_nothing_to_resume(whole_run, labels
     out, result = whole_run
     assert sorted(p.name for p in out.iterdir()) == [
         "metrics.csv",
+        "report.html",
         "student.safetensors",
         "tensorboard",
         "train.json",
@@ -74,7 +76,10 @@ def test_a_run_leaves_a_student_its_logs_and_nothing_to_resume(whole_run, labels
         "validation.png",
     ]
     assert result["steps"] == 12 and result["skipped"] == 0 and len(curve(out)) == 12
-    assert set(result["validation"]) == {"loss", "abs_rel", "delta1", "mean_deg", "miou"}
+    assert set(result["validation"]) == {
+        "loss", "abs_rel", "delta1", "boundary_f1", "mean_deg", "pixel_accuracy", "miou"
+    }  # fmt: skip
+    assert 0 <= result["outside_steps"] < 1 and result["bad_pixels"] == {}
     student = load_student(out / "student.safetensors")
     assert student.config["classes"] == {"0": "floor", "1": "wall", "2": "ball"}
     plan_hash = json.loads((labels / "dataset.json").read_text())["plan_hash"]
@@ -311,8 +316,9 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
         ({"trainer": {**TRAINER, "stepss": 3}}, "trainer: no key stepss; the keys are steps, "),
         ({"trainer": {**TRAINER, "steps": "many"}}, "trainer.steps='many': expected a value like"),
         ({"trainer": {**TRAINER, "lr": -1.0}}, "trainer.lr=-1.0: expected more than 0"),
-        ({"trainer": {**TRAINER, "precision": "fp8"}}, "expected auto, fp32 or bf16"),
-        ({"student": {**STUDENT, "decoder": 3}}, "student: no key decoder; the keys are backbone"),
+        ({"trainer": {**TRAINER, "precision": "fp8"}}, "expected one of auto, fp32, bf16, fp16"),
+        ({"student": {**STUDENT, "decodr": 3}}, "student: no key decodr; the keys are backbone"),
+        ({"student": {**STUDENT, "decoder": 3}}, "student decoder='3': expected ['fpn', 'dpt']"),
         ({"student": {"backbone": "test_resnet"}}, "student: height and width must be given"),
         ({"data": []}, "expected at least one label set"),
         ({"data": "/nowhere"}, "/nowhere: no such folder; expected a label set"),
