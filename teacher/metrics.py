@@ -28,6 +28,7 @@ from teacher.errors import UsageError
 from teacher.metrics_checks import check_pair
 from teacher.metrics_confidence import (
     CalibrationBins,
+    auroc,
     ause,
     calibration_error,
     temporal_flicker,
@@ -48,6 +49,7 @@ __all__ = [
     "SemanticConfusion",
     "align_depth",
     "angles_deg",
+    "auroc",
     "ause",
     "boundary_f1",
     "calibration_error",

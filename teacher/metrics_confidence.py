@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.stats import rankdata
 
 from teacher.errors import UsageError
 from teacher.metrics_checks import check_same
@@ -49,6 +50,22 @@ def ause(error: np.ndarray, uncertainty: np.ndarray, *, root: bool = False) -> d
     area = _area(e, np.where(np.isnan(u), np.inf, u), root=root)
     everything = math.sqrt(e.mean()) if root else float(e.mean())
     return {"ause": area - _area(e, e, root=root), "aurg": everything - area}
+
+
+def auroc(doubt: np.ndarray, wrong: np.ndarray) -> float:
+    """Probability that a wrong pixel is doubted more than a right one; ties count half.
+
+    The Mann-Whitney statistic (Hanley and McNeil 1982): (R - n (n + 1) / 2) / (n m) with R the sum
+    of the ranks of the n wrong ones among m right ones. ``wrong`` bool, same shape; a NaN in
+    ``doubt`` is the most doubtful. NaN if everything or nothing is wrong.
+    """
+    check_same("auroc", doubt=doubt, wrong=wrong)
+    n = int(np.count_nonzero(wrong))
+    m = wrong.size - n
+    if not n or not m:
+        return math.nan
+    ranks = rankdata(np.where(np.isnan(doubt), np.inf, doubt).ravel())
+    return float((ranks[wrong.ravel()].sum() - n * (n + 1) / 2) / (n * m))
 
 
 class CalibrationBins:

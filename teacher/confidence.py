@@ -1,0 +1,239 @@
+"""How sure a teacher is, in probabilities: the calibrated models and their use on new labels.
+
+Per task two small models read the signs of `teacher.doubt`:
+
+* **confidence**, the probability that a pixel is right (depth ratio < 1.25, angle < 11.25 deg,
+  class right): logistic regression on the signs, their squares and products;
+* **uncertainty** (depth: Laplace scale b of log depth; normals: expected angle in degrees): log b
+  is linear in the same terms. Semantic uncertainty is 1 - confidence.
+
+The calibration file is JSON; it carries the teacher it was made for and its domain, the spread of
+a few image statistics. On an image outside the domain nothing is claimed (``used: none``).
+`teacher.calibrate` makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teacher import doubt
+from teacher.errors import UsageError
+from teacher.label import Answer, Label, Task, unknown_class
+
+FORMAT, VERSION = "dense-distill calibration", 1
+DOMAIN_QUANTILE = 0.99  # share of the calibration images that count as inside its domain
+DOMAIN_SLACK = 1.5  # ... times this distance
+VOLATILE = ("device",)  # keys of a teacher's description that do not change its answers
+
+
+def fingerprint(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `Teacher.describe` must be equal for a calibration to hold."""
+    return {k: v for k, v in json.loads(json.dumps(description)).items() if k not in VOLATILE}
+
+
+def image_facts(label_image: np.ndarray, answers: Mapping[Task, Answer]) -> dict[str, float]:
+    """Statistics of an image and its answers that tell domains apart."""
+    x = label_image.astype(np.float32) / 255
+    grey = x.mean(-1)
+    facts = {
+        "brightness": float(grey.mean()),
+        "contrast": float(grey.std()),
+        "colour": float((x.max(-1) - x.min(-1)).mean()),
+        "detail": float(np.log(1e-3 + np.abs(np.diff(grey, axis=1)).mean())),
+    }
+    for task, answer in answers.items():
+        if answer.residual is not None:
+            residual = np.nan_to_num(answer.residual, nan=255.0)
+            facts[f"{task}_residual"] = float(np.log1p(residual.mean()))
+    if Task.DEPTH in answers:
+        depth = answers[Task.DEPTH].values
+        known = np.clip(depth[np.isfinite(depth)], 0.05, 200)
+        facts["log_depth"] = float(np.log(np.median(known))) if known.size else 0.0
+    return facts
+
+
+@dataclass
+class Domain:
+    """Where a calibration holds: mean and covariance of `image_facts`, and how far is too far."""
+
+    name: str
+    facts: list[str]
+    mean: np.ndarray
+    inverse: np.ndarray
+    limit: float
+
+    @classmethod
+    def of(cls, name: str, rows: list[dict[str, float]]) -> Domain:
+        """From the facts of the calibration's images."""
+        facts = sorted(rows[0])
+        x = np.array([[row[f] for f in facts] for row in rows])
+        covariance = np.cov(x.T).reshape(len(facts), len(facts)) + 1e-4 * np.eye(len(facts))
+        domain = cls(name, facts, x.mean(0), np.linalg.inv(covariance), 0.0)
+        distances = [domain.distance(row) for row in rows]
+        domain.limit = DOMAIN_SLACK * float(np.quantile(distances, DOMAIN_QUANTILE))
+        return domain
+
+    def distance(self, facts: Mapping[str, float]) -> float:
+        """Mahalanobis distance of an image."""
+        gap = np.array([facts[f] for f in self.facts]) - self.mean
+        return float(np.sqrt(gap @ self.inverse @ gap))
+
+
+@dataclass
+class Head:
+    """Standardised signs -> quadratic terms -> two linear models -> monotone curves, of one task.
+
+    A curve [2, n] holds linear outputs and the share of right pixels (mean |error|) found there;
+    between them it is interpolated, beyond its ends constant, so nothing is extrapolated.
+    """
+
+    signs: list[str]
+    mean: np.ndarray
+    std: np.ndarray
+    right: np.ndarray
+    error: np.ndarray | None
+    right_curve: np.ndarray
+    error_curve: np.ndarray | None
+
+    def terms(self, signs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[N, K] of maps (any shape, N elements)."""
+        x = np.stack([gentle(n, signs[n]).ravel() for n in self.signs], axis=1)
+        x = np.clip((x - self.mean) / self.std, -4, 4)
+        i, j = np.triu_indices(x.shape[1])
+        return np.concatenate([np.ones((len(x), 1)), x, x[:, i] * x[:, j]], axis=1)
+
+    def confidence(self, terms: np.ndarray) -> np.ndarray:
+        """Probability of being right."""
+        return np.interp(terms @ self.right, *self.right_curve)
+
+    def scale(self, terms: np.ndarray) -> np.ndarray:
+        """Mean |error|: Laplace b of log depth, or degrees."""
+        assert self.error is not None and self.error_curve is not None
+        return np.interp(terms @ self.error, *self.error_curve)
+
+
+def gentle(name: str, values: np.ndarray) -> np.ndarray:
+    """A sign on the scale it is used at: all but log depth are positive with long tails."""
+    return values if name == "far" else np.log1p(values * {"spread": 100.0}.get(name, 1.0))
+
+
+@dataclass
+class Calibration:
+    """What `distill calibrate` found out about one teacher on one domain."""
+
+    teacher: dict[str, Any]
+    domain: Domain
+    heads: dict[Task, Head]
+    report: dict[str, Any]
+
+    def fits(self, description: Mapping[str, Any]) -> None:
+        """Raise `UsageError` if it was made for another teacher, naming what differs."""
+        found = fingerprint(description)
+        differs = [
+            f"{k}: {found.get(k)!r} here, {self.teacher.get(k)!r} there"
+            for k in sorted({*found, *self.teacher})
+            if found.get(k) != self.teacher.get(k)
+        ]
+        if differs:
+            raise UsageError(
+                "calibration: it was made for another teacher (" + "; ".join(differs)[:600] + ")."
+                " Ask the same teacher, or run `distill calibrate` for this one"
+            )
+
+    def apply(self, label: Label, answers: Mapping[Task, Answer]) -> None:
+        """Give ``label`` calibrated uncertainty and confidence, or say why it has none.
+
+        ``label.provenance["calibration"]`` names the domain, the distance to it and its limit;
+        outside, its ``used`` is "none" and the label keeps what the teacher said of itself.
+        """
+        facts = image_facts(label.image, answers)
+        known = set(self.domain.facts) <= set(facts)
+        distance = self.domain.distance(facts) if known else math.inf
+        inside = distance <= self.domain.limit
+        label.provenance["calibration"] = {
+            "used": self.domain.name if inside else "none",
+            "nearest": self.domain.name,
+            "distance": round(distance, 4) if known else None,
+            "limit": round(self.domain.limit, 4),
+        }
+        if not inside:
+            return
+        for task, head in self.heads.items():
+            if task not in label.values:
+                continue
+            signs = doubt.signs(answers, task, label.camera)
+            missing = sorted(set(head.signs) - set(signs))
+            if missing:
+                raise UsageError(
+                    f"calibration: {task} was calibrated with {', '.join(missing)}, which needs"
+                    f" more tasks than {[str(t) for t in answers]}; ask the tasks it was made with"
+                )
+            shape = label.values[task].shape[:2]
+            terms = head.terms(signs)
+            confidence = head.confidence(terms).reshape(shape).astype(np.float32)
+            spread = (
+                1 - confidence
+                if head.error is None
+                else head.scale(terms).reshape(shape).astype(np.float32)
+            )
+            unknown = _unknown(task, label.values[task])
+            confidence[unknown], spread[unknown] = np.nan, np.nan
+            label.confidence[task], label.uncertainty[task] = confidence, spread
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, `from_json` reads it."""
+        heads = {}
+        for task, h in self.heads.items():
+            arrays = {
+                "mean": h.mean, "std": h.std, "right": h.right, "error": h.error,
+                "right_curve": h.right_curve, "error_curve": h.error_curve,
+            }  # fmt: skip
+            listed = {k: None if v is None else v.tolist() for k, v in arrays.items()}
+            heads[str(task)] = {"signs": h.signs, **listed}
+        d = self.domain
+        return {
+            "format": FORMAT, "version": VERSION, "teacher": self.teacher, "heads": heads,
+            "domain": {"name": d.name, "facts": d.facts, "mean": d.mean.tolist(),
+                       "inverse": d.inverse.tolist(), "limit": d.limit},
+            "report": self.report,
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a calibration file; `UsageError` says what is wrong with another one."""
+        try:
+            found = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise UsageError(
+                f"{path}: no calibration there; `distill calibrate` makes one"
+            ) from None
+        except ValueError as error:
+            raise UsageError(f"{path}: not a calibration file ({error})") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise UsageError(f"{path}: not a calibration file, expected format {FORMAT!r}")
+        if found["version"] > VERSION:
+            raise UsageError(
+                f"{path}: version {found['version']}, this release reads up to {VERSION}"
+            )
+        d = found["domain"]
+        domain = Domain(
+            d["name"], d["facts"], np.array(d["mean"]), np.array(d["inverse"]), d["limit"]
+        )
+        heads = {}
+        for task, h in found["heads"].items():
+            arrays = {k: None if v is None else np.array(v) for k, v in h.items() if k != "signs"}
+            heads[Task(task)] = Head(signs=h["signs"], **arrays)  # type: ignore[arg-type]
+        return cls(found["teacher"], domain, heads, found["report"])
+
+
+def _unknown(task: Task, values: np.ndarray) -> np.ndarray:
+    if task is Task.SEMANTIC:
+        return values == unknown_class(values.dtype)
+    return ~np.isfinite(values if task is Task.DEPTH else values[..., 0])

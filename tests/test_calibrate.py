@@ -1,0 +1,276 @@
+"""Signs of doubt by hand; calibrated confidence against a teacher whose mistakes are planned."""
+
+import json
+
+import numpy as np
+import pytest
+from mini_rooms import CLASSES, room
+
+from teacher import doubt, metrics
+from teacher.calibrate import calibrate
+from teacher.confidence import Calibration
+from teacher.errors import UsageError
+from teacher.generators import Query
+from teacher.label import Answer, Camera, Label, Space, Task
+from teacher.store import write_label_set
+
+SIZE = {"height": 24, "width": 32}
+
+
+class PlannedTeacher:
+    """Knows the rooms; where its residual is high it errs, by ever more."""
+
+    tasks = (Task.DEPTH, Task.NORMALS, Task.SEMANTIC)
+
+    def __init__(self, *, wrong: float = 1.0, device: str = "cpu") -> None:
+        self.wrong, self.device = wrong, device
+
+    def describe(self):
+        return {"name": "planned", "wrong": self.wrong, "device": self.device}
+
+    def answer(self, queries, tasks):
+        return [self._one(q, tasks) for q in queries]
+
+    def _one(self, query: Query, tasks):
+        seed = int(query.key.removeprefix("room"))
+        rng = np.random.default_rng(seed + 10_000)
+        truth = room(seed, **SIZE)
+        found = {}
+        for task in tasks:
+            values = truth.values[task].copy()
+            residual = rng.gamma(2.0, 10.0, values.shape[:2]).astype(np.float32)
+            doubtful = residual / 60
+            if task is Task.DEPTH:
+                values = values * np.exp(self.wrong * rng.laplace(0, doubtful)).astype(np.float32)
+                space = Space.METRIC
+            elif task is Task.NORMALS:
+                values = (
+                    values + self.wrong * rng.normal(0, 0.3, values.shape) * doubtful[..., None]
+                )
+                values = (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(
+                    np.float32
+                )
+                space = Space.UNIT_NORMALS
+            else:
+                lost = rng.random(values.shape) < np.clip(doubtful, 0, 0.9)
+                values = np.where(lost, 5, values).astype(np.uint8)
+                space = Space.CLASS_IDS
+            found[task] = Answer(task=task, space=space, values=values, residual=residual)
+        return found
+
+
+class AffineTeacher(PlannedTeacher):
+    def _one(self, query, tasks):
+        values = np.ones(query.image.shape[:2], np.float32)
+        return {t: Answer(task=t, space=Space.AFFINE_DEPTH, values=values) for t in tasks}
+
+
+PLANNED, AFFINE = "test_calibrate:PlannedTeacher", "test_calibrate:AffineTeacher"
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rooms") / "set"
+    dataset = {
+        "tasks": ["depth", "normals", "semantic", "instances"],
+        "classes": {str(k): v for k, v in CLASSES.items()},
+    }
+    write_label_set(path, n=40, make=lambda i: room(i, **SIZE), dataset=dataset)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(rooms, tmp_path_factory):
+    out = tmp_path_factory.mktemp("calibration") / "calibration.json"
+    result = calibrate(
+        teacher={"name": PLANNED}, labels=rooms, out=str(out),
+        tasks=["depth", "normals", "semantic"], domain="rooms",
+    )  # fmt: skip
+    return out, result
+
+
+def labelled(seed: int, teacher: PlannedTeacher) -> tuple[Label, dict, Label]:
+    """A new room: what a job would store, the answers, and the truth."""
+    truth = room(seed, **SIZE)
+    query = Query(key=truth.key, image=truth.image, camera=truth.camera)
+    answers = teacher.answer([query], teacher.tasks)[0]
+    values = {t: a.values for t, a in answers.items()}
+    label = Label(key=truth.key, image=truth.image, values=values, camera=truth.camera)
+    return label, answers, truth
+
+
+# -- signs --------------------------------------------------------------------------------------
+
+
+def camera(width=16, height=12, focal_px=20.0):
+    return Camera(fx=focal_px, fy=focal_px, cx=(width - 1) / 2, cy=(height - 1) / 2,
+                  width=width, height=height)  # fmt: skip
+
+
+def test_normals_of_planes_are_exact_and_never_span_a_silhouette():
+    """A wall facing the camera, one turned by 30 degrees, a floor; a step between two walls."""
+    rays = camera().rays()
+    facing = np.full((12, 16), 3.0, np.float32)
+    assert doubt.normals_of_depth(facing, camera()) == pytest.approx(
+        np.broadcast_to([0, 0, 1], (12, 16, 3)), abs=1e-5
+    )
+    for normal in ([np.sin(0.5), 0, np.cos(0.5)], [0, 0.8, 0.6], [-0.6, 0, 0.8]):
+        own = np.array(normal) * (1, -1, -1)  # x right, y down, forward
+        depth = (-4.0 / (rays @ own)).astype(np.float32)
+        assert (depth > 0).all()
+        found = doubt.normals_of_depth(depth, camera())
+        assert found == pytest.approx(np.broadcast_to(normal, found.shape), abs=1e-3)
+    step = facing.copy()
+    step[:, 8:] = 6.0
+    assert doubt.normals_of_depth(step, camera())[..., 2].min() > 0.999
+    with pytest.raises(UsageError, match="depth is 16x12, the camera 8x6"):
+        doubt.normals_of_depth(facing, camera(8, 6))
+
+
+def test_surface_is_the_angle_between_depth_and_normals():
+    facing = np.full((12, 16), 3.0, np.float32)
+    tilted = np.broadcast_to([np.sin(0.4), 0, np.cos(0.4)], (12, 16, 3)).astype(np.float32)
+    assert doubt.surface(facing, tilted, camera()) == pytest.approx(np.degrees(0.4), abs=0.05)
+
+
+def test_an_outline_is_doubtful_where_no_class_ends():
+    depth = np.full((12, 32), 2.0, np.float32)
+    depth[:, 16:] = 4.0
+    classes = np.zeros((12, 32), np.uint8)
+    assert doubt.outline(depth, classes)[:, 15:17] == pytest.approx(np.log(2), rel=1e-5)
+    assert (doubt.outline(depth, classes)[:, :14] == 0).all()
+    classes[:, 16:] = 1  # an object ends there: explained
+    assert (doubt.outline(depth, classes) == 0).all()
+    classes[:] = 0
+    classes[:, 20:] = 1  # ends 4 px away: half explained
+    at = doubt.outline(depth, classes)[:, 15:17]
+    assert (at > 0).all() and (at < np.log(2)).all()
+
+
+def test_zoom_takes_each_window_at_its_own_scale():
+    whole = np.full((8, 8), 2.0, np.float32)
+    window = np.full((8, 8), np.nan, np.float32)
+    window[:, :6] = 3.0  # another scale, the same shape
+    assert np.nanmax(doubt.zoom(whole, [window])) < 1e-6
+    window[0, 0] = 6.0
+    found = doubt.zoom(whole, [window])
+    assert found[0, 0] == pytest.approx(np.log(2), rel=1e-5)
+    assert np.isnan(found[:, 6:]).all()
+    assert np.isnan(doubt.zoom(whole, [])).all()
+
+
+def test_auroc_by_hand():
+    """Pairs (wrong, right): 0.9 beats both, 0.4 beats one and ties one: (2 + 1.5) / 4."""
+    doubts, wrong = np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])
+    assert metrics.auroc(doubts, wrong) == pytest.approx(3.5 / 4)
+    assert metrics.auroc(np.array([np.nan, 1.0]), np.array([True, False])) == 1.0
+    assert np.isnan(metrics.auroc(doubts, np.ones(4, bool)))
+
+
+# -- calibration --------------------------------------------------------------------------------
+
+
+def test_confidence_is_the_share_of_right_pixels_on_new_images(made):
+    """On rooms never seen: confidence bins hold, and uncertainty is the mean error."""
+    calibration = Calibration.load(made[0])
+    teacher = PlannedTeacher()
+    calibration.fits(teacher.describe())
+    bins = {t: metrics.CalibrationBins() for t in teacher.tasks}
+    errors, spreads, used = [], [], 0
+    for seed in range(100, 130):
+        label, answers, truth = labelled(seed, teacher)
+        calibration.apply(label, answers)
+        if label.provenance["calibration"]["used"] == "none":
+            continue
+        used += 1
+        depth, right = label.values[Task.DEPTH], truth.values[Task.DEPTH]
+        ratio = np.exp(np.abs(np.log(depth / right)))
+        bins[Task.DEPTH].add(label.confidence[Task.DEPTH], ratio < 1.25)
+        angle, _ = metrics.angles_deg(label.values[Task.NORMALS], truth.values[Task.NORMALS])
+        bins[Task.NORMALS].add(label.confidence[Task.NORMALS], angle < 11.25)
+        bins[Task.SEMANTIC].add(
+            label.confidence[Task.SEMANTIC],
+            label.values[Task.SEMANTIC] == truth.values[Task.SEMANTIC],
+        )
+        errors.append(np.log(ratio).mean())
+        spreads.append(label.uncertainty[Task.DEPTH].mean())
+    assert used >= 24
+    for task, tally in bins.items():
+        assert tally.result()["ece"] < 0.05, task
+    assert np.mean(spreads) == pytest.approx(np.mean(errors), rel=0.1)
+
+
+def test_the_report_judges_on_the_other_half(made):
+    out, result = made
+    depth = result["tasks"]["depth"]
+    assert depth["error_auroc"] > 0.75 and depth["brier_skill"] > 0.1 and depth["ece"] < 0.05
+    assert depth["sign_auroc"]["residual"] > 0.75
+    assert {"ece_flat", "ece_edges"} <= set(depth)
+    assert json.loads(out.read_text())["report"]["images"] == 40
+    assert "Brier skill" in result["summary"] and "domain 'rooms'" in result["summary"]
+
+
+def test_the_file_comes_back_as_it_was(made):
+    calibration = Calibration.load(made[0])
+    assert calibration.to_json() == json.loads(made[0].read_text())
+
+
+def test_another_teacher_is_refused_and_another_device_is_not(made):
+    calibration = Calibration.load(made[0])
+    calibration.fits(PlannedTeacher(device="cuda").describe())
+    with pytest.raises(UsageError, match=r"another teacher \(wrong: 0.5 here, 1.0 there\)"):
+        calibration.fits(PlannedTeacher(wrong=0.5).describe())
+
+
+def test_outside_its_domain_nothing_is_claimed(made):
+    calibration = Calibration.load(made[0])
+    label, answers, _ = labelled(200, PlannedTeacher())
+    rng = np.random.default_rng(0)
+    label.image = rng.integers(0, 255, label.image.shape).astype(np.uint8)
+    calibration.apply(label, answers)
+    said = label.provenance["calibration"]
+    assert said["used"] == "none" and said["nearest"] == "rooms"
+    assert said["distance"] > said["limit"]
+    assert not label.confidence and not label.uncertainty
+
+
+def test_fewer_tasks_than_calibrated_are_refused_with_advice(made):
+    calibration = Calibration.load(made[0])
+    label, answers, _ = labelled(201, PlannedTeacher())
+    calibration.domain.limit = 1e9
+    calibration.domain.facts = [f for f in calibration.domain.facts if "residual" not in f]
+    n = len(calibration.domain.facts)
+    calibration.domain.mean, calibration.domain.inverse = np.zeros(n), np.eye(n)
+    only = {Task.DEPTH: answers[Task.DEPTH]}
+    label.values = {Task.DEPTH: label.values[Task.DEPTH]}
+    with pytest.raises(UsageError, match=r"depth was calibrated with .*surface.* more tasks than"):
+        calibration.apply(label, only)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["instances"]}, r"tasks is \['instances'\], expected some of"),
+        ({"limit": 3}, "has 3 images, expected at least 8"),
+        ({"teacher": {"name": AFFINE}, "tasks": ["depth"]}, "depth comes in affine depth; only"),
+        ({"labels": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_requests_say_what_to_do(rooms, tmp_path, change, message):
+    given = {"teacher": {"name": PLANNED}, "labels": rooms, "out": str(tmp_path / "c.json"),
+             "tasks": ["depth"], **change}  # fmt: skip
+    with pytest.raises(UsageError, match=message):
+        calibrate(**given)
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_a_file_that_is_no_calibration_is_named(tmp_path):
+    path = tmp_path / "c.json"
+    with pytest.raises(UsageError, match=r"c\.json: no calibration there; `distill calibrate`"):
+        Calibration.load(path)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match=r"not a calibration file, expected format"):
+        Calibration.load(path)
+    path.write_text('{"format": "dense-distill calibration", "version": 9}')
+    with pytest.raises(UsageError, match="version 9, this release reads up to 1"):
+        Calibration.load(path)
