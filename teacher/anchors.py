@@ -134,10 +134,12 @@ def load_anchor(anchor: dict[str, Any] | None, align: dict[str, Any] | None) -> 
     return Anchor(name=name, teacher=teacher, **how)
 
 
-def check_anchor(teacher: Teacher, anchor: Anchor | None, tasks: Sequence[Task]) -> None:
-    """Refuse, before anything starts, affine depth without an anchor and an anchor without use.
+def check_anchor(teacher: Any, anchor: str | None, tasks: Sequence[str]) -> None:
+    """Refuse affine depth without an anchor, and an anchor without use.
 
-    A teacher that does not tell its ``spaces`` is judged by its first answer instead.
+    ``teacher`` is a class, before anything of it is loaded, or a loaded teacher, which may know its
+    space better; ``anchor`` the name of the anchor. A teacher that does not tell its ``spaces`` is
+    judged by its first answer instead.
     """
     space = getattr(teacher, "spaces", {}).get(Task.DEPTH)
     if Task.DEPTH not in tasks or space is None:
@@ -156,9 +158,9 @@ def needs_anchor(space: Space) -> str:
     )
 
 
-def needless(anchor: Anchor) -> str:
+def needless(anchor: str) -> str:
     """The message for a metric teacher with an anchor."""
     return (
-        f"anchor.name={anchor.name}: this teacher answers depth in metres already, nothing is "
+        f"anchor.name={anchor}: this teacher answers depth in metres already, nothing is "
         "aligned with an anchor. Leave the anchor out."
     )

@@ -1,5 +1,7 @@
 """Foreign teachers inside a label job: normals are stored, affine depth asks for an anchor."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -29,16 +31,19 @@ def folder(tmp_path_factory):
     return root
 
 
-def run(folder, out, *, tasks, **changes):
-    from pathlib import Path
-
+def plain(**given):
+    """The keys of conf/label.yaml, with changes."""
     values = yaml.safe_load((Path(__file__).parents[1] / "conf" / "label.yaml").read_text())
     del values["defaults"]
+    return values | given
+
+
+def run(folder, out, *, tasks, **changes):
     named = {t: str(folder / t) for t in ("depth", "normals")}
     teacher = options("marigold", **(named | changes))
     given = {"images": str(folder / "photos"), "out": str(out), "tasks": tasks}
     given |= {"teacher": teacher, "batch_size": 3, "shard_size": 4}
-    return label(**(values | given))
+    return label(**plain(**given))
 
 
 def test_normals_become_a_label_set_that_pins_its_teacher(folder, tmp_path):
@@ -55,6 +60,36 @@ def test_normals_become_a_label_set_that_pins_its_teacher(folder, tmp_path):
 def test_affine_depth_is_not_stored_as_metres(folder, tmp_path):
     with pytest.raises(UsageError, match=r"affine depth.*anchor"):
         run(folder, tmp_path / "set", tasks=["depth"])
+
+
+@pytest.mark.parametrize("name", ["marigold", "lotus", "lotus2"])
+def test_affine_depth_without_an_anchor_is_refused_before_a_checkpoint_is_looked_for(
+    folder, tmp_path, name, monkeypatch
+):
+    for module in (name, "specialist"):  # looking for one would be a TypeError
+        monkeypatch.setattr(f"teacher.generators.{module}.open_checkpoint", None)
+    listed = r"anchor=folder.*anchor=truth.*anchor=range.*anchor=depth_pro.*anchor=depth_anything"
+    images, out = str(folder / "photos"), str(tmp_path / "set")
+    for tasks in (["depth"], ["depth", "normals"]):
+        with pytest.raises(UsageError, match=rf"'affine (depth|disparity)'.*{listed}"):
+            label(**plain(teacher=options(name), images=images, out=out, tasks=tasks))
+    with pytest.raises(UsageError, match=r"range: this teacher answers depth in metres already"):
+        anchor = {"name": "range", "near_m": 1, "far_m": 9}
+        teacher = options("depth_pro")
+        label(**plain(teacher=teacher, images=images, out=out, tasks=["depth"], anchor=anchor))
+    with pytest.raises(TypeError, match="not callable"):  # normals need no anchor
+        label(**plain(teacher=options(name), images=images, out=out, tasks=["normals"]))
+
+
+def test_a_loaded_teacher_knows_its_space_by_its_checkpoint(folder):
+    from teacher.generators import load_teacher
+    from teacher.label import Space
+
+    named = {"depth": str(folder / "depth"), "normals": str(folder / "normals")}
+    for space in (Space.AFFINE_DEPTH, Space.AFFINE_DISPARITY):
+        kind = space.removeprefix("affine ")
+        teacher = load_teacher(**options("marigold", **named, depth_space=kind))
+        assert teacher.spaces == {Task.DEPTH: space, Task.NORMALS: Space.UNIT_NORMALS}
 
 
 def test_images_without_an_answer_are_rejected_and_the_job_goes_on(folder, tmp_path, monkeypatch):

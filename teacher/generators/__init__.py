@@ -2,7 +2,8 @@
 
 A user's own teacher is any class with the members of `Teacher`; it may add ``max_side``, the
 longer side in pixels up to which it can use an image (the label job then hands over no more), and
-``spaces``, task -> space of its answers (a job that needs an anchor then says so before it starts).
+``spaces``, task -> space of its answers: on the class, so that a job that needs an anchor is
+refused before anything is loaded; an instance may know better, by its checkpoint.
 """
 
 from __future__ import annotations
@@ -62,11 +63,8 @@ TEACHERS: dict[str, tuple[str, str]] = {
 }
 
 
-def load_teacher(*, name: str, **options: Any) -> Teacher:
-    """Build a teacher by name; ``options`` go to its constructor.
-
-    Raises `UsageError` for an unknown name, listing those there are.
-    """
+def teacher_class(name: str) -> Any:
+    """The class of a teacher by name; `UsageError` for an unknown one, listing those there are."""
     module, _, cls = name.partition(":")
     if name in TEACHERS:
         module, cls = TEACHERS[name]
@@ -76,9 +74,13 @@ def load_teacher(*, name: str, **options: Any) -> Teacher:
             "as 'package.module:Class'."
         )
     try:
-        found = getattr(importlib.import_module(module), cls)
+        return getattr(importlib.import_module(module), cls)
     except (ModuleNotFoundError, AttributeError) as error:
         if name in TEACHERS:
             raise
         raise UsageError(f"teacher.name={name!r}: cannot be imported ({error}).") from error
-    return found(**options)
+
+
+def load_teacher(*, name: str, **options: Any) -> Teacher:
+    """Build a teacher by name (`teacher_class`); ``options`` go to its constructor."""
+    return teacher_class(name)(**options)

@@ -33,6 +33,7 @@ from teacher.label import Answer, Space, Task
 
 LN2 = 0.6931471805599453  # the median of |x| / b of a Laplace variable with scale b
 COMBINE = ("consensus", "original")
+DEPTH_SPACES = {"depth": Space.AFFINE_DEPTH, "disparity": Space.AFFINE_DISPARITY}
 
 
 def _digest(key: str, task: Task, seed: int, mirrored: bool) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,8 @@ SPACE_OF = {
 
 class TruthTeacher:
     """Answers with the stored labels of the same image; an image it does not know gets none."""
+
+    spaces: Mapping[Task, Space] = SPACE_OF
 
     def __init__(self, *, labels: str) -> None:
         """``labels``: a label set; it is verified before the first answer."""
@@ -65,7 +68,7 @@ class FolderTeacher:
     """
 
     tasks = (Task.DEPTH,)
-    spaces: ClassVar = {Task.DEPTH: Space.METRIC}
+    spaces: Mapping[Task, Space] = MappingProxyType({Task.DEPTH: Space.METRIC})
 
     def __init__(self, *, layout: str, root: str) -> None:
         """``layout``: a name of `LAYOUTS`; ``root``: the folder that image names start from."""

@@ -7,7 +7,7 @@ and cosine, asks for the annotation instead of the image's reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.generators.diffusion import (
     COMBINE,
+    DEPTH_SPACES,
     LatentModel,
     check_choice,
     check_seeds,
@@ -29,11 +30,13 @@ from teacher.label import Answer, Space, Task
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TIME_STEP = 999
-DEPTH_SPACES = {"depth": Space.AFFINE_DEPTH, "disparity": Space.AFFINE_DISPARITY}
+SPACES = {Task.DEPTH: Space.AFFINE_DISPARITY, Task.NORMALS: Space.UNIT_NORMALS}
 
 
 class LotusTeacher:
     """Depth (or disparity) and normals of one Lotus checkpoint each."""
+
+    spaces: Mapping[Task, Space] = SPACES  # before a checkpoint's name says that it gives depth
 
     def __init__(
         self,
@@ -97,11 +100,11 @@ class LotusTeacher:
                 "every seed; use one seed, or mirror=true for a second answer."
             )
         self.tasks = tuple(self.models)
-        self.space = Space.UNIT_NORMALS
+        self.spaces = {task: SPACES[task] for task in self.tasks}
         if depth is not None:
             name = self.models[Task.DEPTH].checkpoint.repo
-            by_name = "disparity" if "disparity" in name.lower() else "depth"
-            self.space = DEPTH_SPACES[by_name if depth_space == "auto" else depth_space]
+            kind = "disparity" if "disparity" in name.lower() else "depth"
+            self.spaces[Task.DEPTH] = DEPTH_SPACES[kind if depth_space == "auto" else depth_space]
 
     def describe(self) -> dict[str, Any]:
         """Checkpoints with their hashes, and every setting that shapes an answer."""
@@ -111,7 +114,7 @@ class LotusTeacher:
             str(task): model.checkpoint.describe()
             | {
                 "kind": "G" if is_generative(model) else "D",
-                "answers": str(self.space if task is Task.DEPTH else Space.UNIT_NORMALS),
+                "answers": str(self.spaces[task]),
             }
             for task, model in self.models.items()
         }
@@ -164,7 +167,7 @@ class LotusTeacher:
             size=size,
             how=self.combine,
             resample=self.resample,
-            space=self.space if task is Task.DEPTH else Space.UNIT_NORMALS,
+            space=self.spaces[task],
             negate_x=True,  # Lotus' x points left
             seeds=self.seeds,
         )

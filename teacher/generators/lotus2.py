@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PARTS = ("transformer", "vae", "scheduler", *TEXT_PARTS)
 LICENCES = {"black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial License"}
 FILE_TASK = {Task.DEPTH: "depth", Task.NORMALS: "normal"}
+SPACES = {Task.DEPTH: Space.AFFINE_DISPARITY, Task.NORMALS: Space.UNIT_NORMALS}
 STAGES = ("core_predictor", "detail_sharpener")
 GUIDANCE = 3.5
 CORE_TIME_STEP = 1
@@ -38,6 +39,8 @@ SHARPENER_TIME_STEPS = 10  # the schedule's range, T' of the paper
 
 class Lotus2Teacher:
     """Disparity and normals of Lotus-2."""
+
+    spaces: Mapping[Task, Space] = SPACES
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class Lotus2Teacher:
             "name": "lotus2",
             "base": self.base.describe(),
             "adapters": self.adapters.describe(),
-            "answers": {"depth": str(Space.AFFINE_DISPARITY), "normals": str(Space.UNIT_NORMALS)},
+            "answers": {str(task): str(space) for task, space in SPACES.items()},
             "prompt": "",
             "guidance": GUIDANCE,
             "steps": self.steps,

@@ -6,7 +6,7 @@ latent of a depth or normal map. Depth is affine: 0 the near and 1 the far plane
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.generators.diffusion import (
     COMBINE,
+    DEPTH_SPACES,
     LatentModel,
     check_choice,
     check_seeds,
@@ -28,11 +29,13 @@ from teacher.label import Answer, Space, Task
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 LICENCES = {"prs-eth/": "CreativeML OpenRAIL++-M"}
-DEPTH_SPACES = {"depth": Space.AFFINE_DEPTH, "disparity": Space.AFFINE_DISPARITY}
+SPACES = {Task.DEPTH: Space.AFFINE_DEPTH, Task.NORMALS: Space.UNIT_NORMALS}
 
 
 class MarigoldTeacher:
     """Depth and normals of one Marigold checkpoint each."""
+
+    spaces: Mapping[Task, Space] = SPACES  # before a checkpoint says that its depth is disparity
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class MarigoldTeacher:
                 "every seed; use one seed."
             )
         self.tasks = tuple(self.models)
+        self.spaces = {task: model.space for task, model in self.models.items()}
         self.max_side = max(model.side_px for model in self.models.values()) or None
 
     def describe(self) -> dict[str, Any]:

@@ -10,7 +10,8 @@ relative ones affine disparity.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class DepthProTeacher:
     """Metric depth by Depth Pro."""
 
     tasks = (Task.DEPTH,)
+    spaces: Mapping[Task, Space] = MappingProxyType({Task.DEPTH: Space.METRIC})
 
     def __init__(
         self, *, checkpoint: str, focal: str, device: str, dtype: str, offload: str, pass_size: int
@@ -122,6 +124,7 @@ class DepthAnythingTeacher:
         config = self.net.model.config
         metric = config.depth_estimation_type == "metric"
         self.space = Space.METRIC if metric else Space.AFFINE_DISPARITY
+        self.spaces = {Task.DEPTH: self.space}
         self.range_m = float(config.max_depth) if metric else None
 
     def describe(self) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+"""A label job as plain values: enough to build its worker in any process, here or elsewhere.
+
+With several workers the models are loaded in the workers only. What the plan must know of them
+(`About`) is found out by `survey`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teacher.anchors import Anchor, check_anchor, load_anchor
+from teacher.errors import UsageError
+from teacher.generators import Teacher, load_teacher, teacher_class
+from teacher.jobs.engines import Worker
+from teacher.jobs.plan import Entry, Plan
+from teacher.jobs.sources import Source, open_source
+from teacher.label import Task
+
+PROBE_FROM_BATCHES = 100  # smaller jobs start at once: the probe would be a visible part of them
+LIBRARIES = ("dense-distill", "numpy", "pillow", "torch", "diffusers", "transformers", "numba")
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a plan and its label set must know of the models; plain values."""
+
+    teacher: dict[str, Any]
+    anchor: dict[str, Any] | None
+    tasks: list[Task]
+    max_side: int | None
+    software: dict[str, str]
+    cost: tuple[float, float] | None = None  # seconds in the teacher, bytes; per image, if probed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The loaded teacher and anchor of a job."""
+
+    teacher: Teacher
+    anchor: Anchor | None
+    about: About
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `teacher.jobs.run.label` was asked for, without the plan."""
+
+    teacher: dict[str, Any]
+    images: str
+    video: dict[str, Any] | None
+    tasks: list[str]
+    max_side: int | None
+    keep_pictures: bool
+    threads: int
+    batch_size: int
+    anchor: dict[str, Any] | None
+    align: dict[str, Any] | None
+
+    def source(self) -> Source:
+        """Where the images come from."""
+        return open_source(self.images, video=self.video)
+
+    def load(self) -> Models:
+        """Load teacher and anchor; refuse what they cannot do."""
+        anchor_name = (self.anchor or {}).get("name")
+        check_anchor(teacher_class(self.teacher["name"]), anchor_name, self.tasks)
+        teacher = load_teacher(**self.teacher)
+        wanted = parse_tasks(self.tasks, teacher.tasks)
+        anchor = load_anchor(self.anchor, self.align)
+        check_anchor(teacher, anchor_name, wanted)
+        own_side = getattr(teacher, "max_side", None)
+        about = About(
+            teacher=teacher.describe(),
+            anchor=anchor.describe() if anchor is not None else None,
+            tasks=wanted,
+            max_side=min((s for s in (self.max_side, own_side) if s is not None), default=None),
+            software=software(),
+        )
+        return Models(teacher=teacher, anchor=anchor, about=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A job with its plan and folder: what a worker needs to build itself in its own process."""
+
+    job: Job
+    plan: Plan
+    folder: Path
+
+    def build(
+        self, *, models: Models | None = None, source: Source | None = None, quiet: bool = False
+    ) -> Worker:
+        """A worker; what was loaded already may be handed over."""
+        models = models or self.job.load()
+        return Worker(
+            teacher=models.teacher,
+            source=source or self.job.source(),
+            plan=self.plan,
+            folder=self.folder,
+            tasks=models.about.tasks,
+            max_side=models.about.max_side,
+            keep_pictures=self.job.keep_pictures,
+            threads=self.job.threads,
+            anchor=models.anchor,
+            quiet=quiet,
+        )
+
+
+def survey(job: Job) -> About:
+    """Load the models, say what the plan must know and, for a large job, what an image costs."""
+    models, source = job.load(), job.source()
+    uris = source.list()
+    if len(uris) < PROBE_FROM_BATCHES * job.batch_size:
+        return models.about
+    few = [Entry(uri=uri, key=source.key(uri)) for uri in uris[: job.batch_size]]
+    plan = Plan(entries=few, shard_size=len(few), batch_size=len(few), facts={})
+    worker = Recipe(job=job, plan=plan, folder=Path()).build(models=models, source=source)
+    return About(**vars(models.about) | {"cost": worker.probe(0)})
+
+
+def software() -> dict[str, str]:
+    """Versions of what decides the bytes: Python and the libraries loaded in this process."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        module = {"pillow": "PIL", "dense-distill": "teacher"}.get(name, name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            if module in sys.modules:
+                found[name] = importlib.metadata.version(name)
+    return found
+
+
+def parse_tasks(tasks: Sequence[str], offered: Sequence[Task]) -> list[Task]:
+    """Task names -> tasks in the fixed order, checked against what the teacher can answer."""
+    known = [str(t) for t in offered]
+    strange = [t for t in tasks if t not in known]
+    if strange or not tasks:
+        raise UsageError(f"tasks={list(tasks)}: this teacher answers {known}; ask for those.")
+    return [t for t in Task if t in tasks]
