@@ -6,7 +6,14 @@ import torch
 from mini_rooms import CLASSES, room
 
 from distill.tune.pairs import Pairs, colour_table, instance_colours, swap_sides
-from distill.tune.scenes_cache import Scenes, depth_codes, load_scenes
+from distill.tune.readings import framed
+from distill.tune.scenes_cache import (
+    SKY_CODE,
+    Scenes,
+    depth_codes,
+    depth_of_codes_m,
+    load_scenes,
+)
 from teacher.codecs.depth import DepthCodec
 from teacher.generators.mini_generator import to_pictures
 from teacher.generators.mini_text import parse_colour, words
@@ -158,3 +165,38 @@ def test_a_named_colour_map_is_painted(rooms):
         table = np.rint(lut[:, :3] * 255)
         gap = np.abs(picture.reshape(-1, 1, 3)[::7] - table[None]).max(-1).min(1)
         assert gap.max() <= 3, name
+
+
+def test_two_readings_are_the_frame_s_two_depths_in_metres(rooms):
+    """Light: a flat wall, or the scene at depth / 0.75 behind it. Dark: that, or that x 0.3."""
+    metres = depth_of_codes_m()
+    image = (rooms.image[0].transpose(2, 0, 1) / 127.5 - 1).astype(np.float32)
+    codes = np.asarray(rooms.depth[0])
+    shown, (flat, window) = framed(image, codes, style="light")
+    assert metres[flat] == pytest.approx(np.ones((32, 48)), rel=1e-3)
+    inside = (slice(4, 28), slice(6, 42))
+    assert metres[window[4 + 11, 6 + 17]] == pytest.approx(metres[codes[15, 23]] / 0.75, rel=2e-3)
+    outside = np.ones((32, 48), bool)
+    outside[inside] = False
+    assert (window[outside] == flat[outside]).all()
+    assert shown[:, 16, 24] == pytest.approx(image[:, 15:18, 23:26].mean((1, 2)), abs=0.3)
+    assert shown[:, 0, 0] == pytest.approx([0.2, 0.1, -0.1]) and (shown[:, 3, 24] == 0.75).all()
+    shown, (window_again, dolls) = framed(image, codes, style="dark")
+    assert (window_again == window).all() and (shown[:, 3, 24] == np.float32(-0.8)).all()
+    assert metres[dolls] == pytest.approx(0.3 * metres[window], rel=5e-3)
+    sky = np.full_like(codes, SKY_CODE)
+    assert (framed(image, sky, style="dark")[1][1][inside] == SKY_CODE).all()
+
+
+def test_framed_images_are_asked_for_depth_and_answered_with_either_reading(rooms):
+    source = Pairs(rooms, weights={"depth": 1, "normals": 1}, batch=64, colour_map_share=0.0,
+                   two_readings_share=1.0)  # fmt: skip
+    batch = source.draw(0)
+    assert (batch.kinds == KINDS.index("depth")).all()
+    assert batch.log_depth.isnan().all() and (batch.semantic == 255).all()
+    assert not batch.normals.any()
+    wall = torch.from_numpy(colour_table("cube-walk")[depth_codes(np.array(1.0))])
+    is_flat = ((batch.answer - wall[None, :, None, None]).abs().amax((1, 2, 3)) < 1e-5).sum()
+    assert 4 <= is_flat <= 30  # a quarter in the mean
+    plain = Pairs(rooms, weights={"normals": 1}, batch=8, two_readings_share=1.0).draw(0)
+    assert (plain.kinds == KINDS.index("normals")).all()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.tune.readings import STYLES, framed
 from distill.tune.scenes_cache import (
     CODES,
     NO_CLASS,
@@ -120,15 +121,21 @@ class Pairs:
         prompts_per_image: int = 2,
         single_step_share: float = 0.35,
         colour_map_share: float = 0.1,
+        two_readings_share: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """``batch`` counts pairs; it is a multiple of ``prompts_per_image``."""
+        """``batch`` counts pairs; it is a multiple of ``prompts_per_image``.
+
+        ``two_readings_share`` of the images are framed (`readings.framed`) and asked for depth,
+        if depth is asked at all; each answer is one of the two readings.
+        """
         assert batch % prompts_per_image == 0
         self.scenes, self.batch, self.per_image, self.seed = scenes, batch, prompts_per_image, seed
         self.kinds = [k for k in KINDS if weights.get(k, 0) > 0]
         share = np.array([weights[k] for k in self.kinds], float)
         self.share = share / share.sum()
         self.single_step_share, self.colour_map_share = single_step_share, colour_map_share
+        self.two_readings_share = two_readings_share if "depth" in self.kinds else 0.0
         self.tables = {name: colour_table(name) for name in prompts.COLOUR_MAPS}
         with np.errstate(divide="ignore"):
             self.log_depth = np.log(depth_of_codes_m()).astype(np.float32)
@@ -149,13 +156,26 @@ class Pairs:
         for b, index in enumerate(at):
             mirror = bool(rng.random() < 0.5)
             image = self._augmented(np.asarray(self.scenes.image[index]), mirror, rng)
+            truth = self._truth(int(index), mirror)
+            readings: tuple[np.ndarray, ...] = ()
+            if self.two_readings_share and rng.random() < self.two_readings_share:
+                style = str(rng.choice(STYLES))
+                codes = np.asarray(self.scenes.depth[index])
+                image, readings = framed(image, codes[:, ::-1] if mirror else codes, style=style)
+                truth = (truth[0] * np.nan, truth[1] * 0, truth[2] * 0 + NO_CLASS)
             images.append(image)
-            truths.append(self._truth(int(index), mirror))
+            truths.append(truth)
             replace = bool(self.per_image > np.count_nonzero(self.share))
             chosen = rng.choice(len(self.kinds), self.per_image, p=self.share, replace=replace)
             for j, kind in enumerate(self.kinds[c] for c in chosen):
                 n = b * self.per_image + j
-                text, answer, weight = self.pair(int(index), kind, mirror, mean[n], rng)
+                if readings:
+                    kind = "depth"
+                    codes = readings[int(rng.integers(2))]
+                    text, answer = prompts.depth(rng=rng), self.tables["cube-walk"][codes]
+                    weight = np.asarray(codes != UNKNOWN_CODE, np.float32)
+                else:
+                    text, answer, weight = self.pair(int(index), kind, mirror, mean[n], rng)
                 texts.append(text)
                 kinds.append(KINDS.index(kind))
                 answers.append(image if answer is None else _picture(answer))
