@@ -1,6 +1,7 @@
 """Labels on disk: each data set in its true layout, written here; jobs with folder and anchors."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,27 @@ def test_nyu(tmp_path):
     assert names == ["bathroom/rgb_00045.jpg"]
     check_ramp(depth_m, first_m=1.0, step_m=0.01)
     assert camera.fx == 518.8579 and camera.cy == 253.7362 and camera.source == "known"
+
+
+def test_the_documented_script_unpacks_nyus_mat_file(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    page = (ROOT / "docs" / "anchors.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (2, 3, 40, 30), dtype=np.uint8)  # HDF5 shows MATLAB transposed
+    with h5py.File(tmp_path / "nyu.mat", "w") as file:
+        file["images"] = images
+        file["depths"] = np.stack([(ramp() / 1000.0).T, 2 + 0 * ramp().T]).astype(np.float32)
+        names = [np.array([[ord(c)] for c in name], np.uint16) for name in ("attic", "bath_2")]
+        found = [file.create_dataset(f"#refs#/{i}", data=name) for i, name in enumerate(names)]
+        file.create_dataset("scenes", (1, 2), dtype=h5py.ref_dtype)[0] = [d.ref for d in found]
+    monkeypatch.setattr("sys.argv", ["nyu_mat.py", str(tmp_path / "nyu.mat"), str(tmp_path / "to")])
+    exec(compile(code, "nyu_mat.py", "exec"), {"__name__": "__main__"})
+    depth_m, _, uris = answer_of("nyu", tmp_path / "to")
+    assert uris == ["attic/rgb_00000.png", "bath_2/rgb_00001.png"]
+    check_ramp(depth_m, first_m=1.0, step_m=0.01)
+    shown = np.asarray(Image.open(tmp_path / "to" / uris[1]))
+    np.testing.assert_array_equal(shown, images[1].transpose(2, 1, 0))
 
 
 @pytest.mark.parametrize("split", ["train", "val", "."])

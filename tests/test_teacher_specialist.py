@@ -209,6 +209,15 @@ def test_pixels_stay_where_they_are(folder, kind, name):
             assert np.abs(error).max() <= 0.5 + step_px, (axis, np.abs(error).max())
 
 
+def test_depth_pro_counts_as_non_commercial_and_depth_anything_by_its_size():
+    from teacher.generators.specialist import DEPTH_ANYTHING_LICENCES, DEPTH_PRO_LICENCES
+    from teacher.jobs.licences import terms_of
+
+    assert "non-commercial" in terms_of(DEPTH_PRO_LICENCES["apple/DepthPro"])
+    for name, licence in DEPTH_ANYTHING_LICENCES.items():
+        assert ("non-commercial" in terms_of(licence)) == (not name.endswith("Small"))
+
+
 def test_describe_names_range_and_hash(folder):
     about = json.loads(json.dumps(anything(folder, "metric").describe()))
     assert (about["range_m"], about["answers"]) == (20.0, "metric")

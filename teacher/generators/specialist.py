@@ -29,7 +29,7 @@ NEAREST_INVERSE_M = 1e4  # Depth Pro's own limits: 0.1 mm ...
 FARTHEST_INVERSE_M = 1e-4  # ... to 10 km; beyond them depth is unknown here
 TRUSTED = ("known", "exif")  # sources of a camera that overrule the model's own estimate
 FOCAL = ("camera", "model")
-DEPTH_PRO_LICENCES = {"apple/DepthPro": "Apple AMLR (research)"}
+DEPTH_PRO_LICENCES = {"apple/DepthPro": "Apple AMLR (research only)"}
 DEPTH_ANYTHING_LICENCES = {
     f"depth-anything/Depth-Anything-V2-{kind}{size}": licence
     for kind in ("", "Metric-Indoor-", "Metric-Outdoor-")
