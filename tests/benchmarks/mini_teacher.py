@@ -15,29 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from tqdm import tqdm
 
+from distill.tune.readings import STYLES, framed
+from distill.tune.scenes_cache import depth_codes, depth_of_codes_m
 from teacher import metrics, prompts
 from teacher.codecs.segmentation import PaletteCodec
 from teacher.generators import Query
 from teacher.generators.mini import CLASS_MAX_DISTANCE, MiniTeacher
-from teacher.generators.mini_generator import key_seed
+from teacher.generators.mini_generator import MiniGenerator, key_seed, noise_for, text_batch
+from teacher.generators.mini_net import MiniNet
 from teacher.label import Label, Task
 from teacher.store import LabelSet
 
 BOUNDS = {"min_m": 0.3, "max_m": 40.0}
 KEPT = 0.97
-
-
-def auroc(doubt: np.ndarray, wrong: np.ndarray) -> float:
-    """Probability that a wrong pixel has more doubt than a right one (ties count half)."""
-    if wrong.all() or not wrong.any():
-        return float("nan")
-    ranks = rankdata(doubt)
-    positives = int(wrong.sum())
-    area = ranks[wrong].sum() - positives * (positives + 1) / 2
-    return float(area / (positives * (len(wrong) - positives)))
 
 
 def query_of(label: Label) -> Query:
@@ -68,7 +60,9 @@ def judge_depth(rows: list[tuple[Label, Any]]) -> dict[str, Any]:
         "boundary_f1": float(np.nanmean(edges)),
         "kept": {"residual_limit": float(limit), "delta1": mean(kept, "delta1"),
                  "abs_rel": mean(kept, "abs_rel")},
-        "error_auroc": {k: auroc(np.concatenate(v), errors) for k, v in doubts.items() if v},
+        "error_auroc": {
+            k: metrics.auroc(np.concatenate(v), errors) for k, v in doubts.items() if v
+        },
     }  # fmt: skip
 
 
@@ -155,26 +149,75 @@ def sweep(labels: list[Label], weights: str | None) -> list[dict[str, float]]:
 
 
 @torch.inference_mode()
-def judge_generation(teacher: MiniTeacher, labels: list[Label]) -> dict[str, float]:
-    """Squared error of the estimate from captions, at five times, beside an untrained network."""
-    from teacher.generators.mini_generator import noise_for, text_batch
-    from teacher.generators.mini_net import MiniNet
+def judge_generation(
+    teacher: MiniTeacher, labels: list[Label], base: str | None
+) -> dict[str, float]:
+    """Squared error of the estimate from captions, at five times, beside an untrained network.
 
+    ``base``: weights from before instruction tuning, which had seen half the size only, so that
+    all are judged there.
+    """
     torch.manual_seed(0)
-    untrained = MiniNet(**teacher.generator.card["network"]).eval()
-    losses = {"trained": 0.0, "untrained": 0.0}
+    card = teacher.generator.card
+    nets = {
+        "after_tuning": teacher.generator.net,
+        "untrained": MiniNet(**card["network"]).eval(),
+    }
+    if base:
+        nets["before_tuning"] = MiniGenerator.from_pretrained(base).net
+    losses = dict.fromkeys(nets, 0.0)
     for label in labels:
-        clean = torch.from_numpy(label.image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        whole = torch.from_numpy(label.image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        clean = torch.nn.functional.avg_pool2d(whole, 2)
         noise = noise_for([key_seed(label.key, 3)], clean.shape[2:])
         text = text_batch([prompts.generate(label.provenance["caption"])], max_tokens=120,
                           device=torch.device("cpu"))  # fmt: skip
-        for name, net in (("trained", teacher.generator.net), ("untrained", untrained)):
+        for name, net in nets.items():
             nothing = net.no_image(tuple(clean.shape[2:]), 1)
             for s in (0.1, 0.3, 0.5, 0.7, 0.9):
                 noisy = (1 - s) * clean + s * noise
                 guess = net(noisy, torch.tensor([s]), net.text(text), text, nothing)
                 losses[name] += float((guess - clean).square().mean()) / 5 / len(labels)
-    return {**losses, "ratio": losses["untrained"] / losses["trained"]}
+    return losses
+
+
+def judge_readings(teacher: MiniTeacher, labels: list[Label], *, steps: int, seeds: int) -> Any:
+    """Framed scenes have two valid depths: does each seed give one, and do the seeds give both?
+
+    Distance is the mean |ln ratio|; ``gap`` that between the readings. A seed is ``near`` a reading
+    if it is closer than a third of the gap.
+    """
+    metres, focal_px = depth_of_codes_m(), teacher.generator.card["focal_px"]
+    found: dict[str, list[dict[str, float]]] = {style: [] for style in STYLES}
+    for label, style in itertools.product(tqdm(labels, desc="readings", leave=False), STYLES):
+        codes = depth_codes(label.values[Task.DEPTH], scale=focal_px / label.camera.fx)
+        picture = np.ascontiguousarray(label.image.transpose(2, 0, 1)).astype(np.float32)
+        image, readings = framed(picture / 127.5 - 1, codes, style=style)
+        shown = np.ascontiguousarray(((image + 1) * 127.5).round().transpose(1, 2, 0))
+        features = teacher.generator.encode([shown.astype(np.uint8)], codes.shape)
+        truths = [np.where(np.isnan(metres[r]), 60.0, metres[r]) for r in readings]  # sky: far
+        gap = float(np.abs(np.log(truths[0] / truths[1])).mean())
+        distances = []
+        for start in range(0, seeds, 8):
+            some = [key_seed(label.key, s) for s in range(start, min(start + 8, seeds))]
+            drawn = teacher.generator.pictures(
+                features.select(torch.zeros(len(some), dtype=torch.long)),
+                [prompts.depth()] * len(some), some, steps=steps,
+            )  # fmt: skip
+            for one in drawn:
+                depth = teacher.depth_codec.decode(one)[0]
+                depth = np.clip(np.nan_to_num(depth, nan=0.3, posinf=60.0), 0.05, 60.0)
+                distances.append([np.abs(np.log(depth / t)).mean() for t in truths])
+        d = np.array(distances)
+        nearest = d.argmin(1)
+        near = d.min(1) < gap / 3
+        found[style].append({
+            "covers_both": float(near[nearest == 0].any() and near[nearest == 1].any()),
+            "share_of_first": float((nearest == 0).mean()),
+            "near_one": float(near.mean()), "distance": float(d.min(1).mean()), "gap": gap,
+        })  # fmt: skip
+    return {style: {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
+            for style, rows in found.items()} | {"steps": steps, "seeds": seeds}  # fmt: skip
 
 
 def main() -> None:
@@ -185,6 +228,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--mirror", action="store_true")
+    parser.add_argument("--readings", type=int, default=0, help="scenes to frame, 32 seeds each")
+    parser.add_argument("--base", help="weights from before instruction tuning")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out")
@@ -216,8 +261,13 @@ def main() -> None:
         "instances": judge_instances(
             [(x, a[Task.INSTANCES]) for x, a in zip(labels, answers, strict=True)], teacher.classes
         ),
-        "generation": judge_generation(teacher, labels[:64]),
+        "generation": judge_generation(teacher, labels[:64], given.base),
     }  # fmt: skip
+    if given.readings:
+        report["readings"] = [
+            judge_readings(teacher, labels[: given.readings], steps=steps, seeds=32)
+            for steps in (1, 4, 8)
+        ]
     if given.sweep:
         report["sweep"] = sweep(labels[:100], given.weights)
     text = json.dumps(report, indent=1)
