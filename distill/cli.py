@@ -18,7 +18,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -35,6 +35,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "export": ("export.onnx_graph", "export_student", "student -> ONNX"),
     "calibrate": ("teacher.calibrate", "calibrate", "on truth, learn when a teacher is right"),
     "verify": ("export.verify", "verify", "judge artefacts against teacher and truth"),
+    "bench": ("export.benchmark", "bench", "latency, throughput, memory, size, side by side"),
     "predict": ("export.predict", "predict", "answers on any images, with pictures"),
 }
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENODEV}
@@ -172,8 +173,32 @@ def _first_lines(error: BaseException) -> str:
     return "\n".join(lines[:30])
 
 
-def _raise_interrupted(*_: object) -> None:
-    raise Interrupted("terminated (SIGTERM); the same command goes on where it stopped.")
+@contextlib.contextmanager
+def handled_signals() -> Iterator[None]:
+    """The first SIGTERM or SIGINT lets the verb tidy up; a second one ends it at once.
+
+    Ending at once is safe (what is committed stays) and leaves hidden files for the next run to
+    remove.
+    """
+    seen: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            os._exit(128 + number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Interrupted("terminated (SIGTERM); the same command goes on where it stopped.")
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, handle)
+    if before[signal.SIGINT] is not signal.SIG_IGN:  # `nohup`, `&` in a script
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,11 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(verb_help(verb))
         return 0
-    signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
-        if any(a in ("-m", "--multirun") for a in rest):
-            return sweep(verb, rest)
-        result = run_verb(verb, rest)
+        with handled_signals():
+            if any(a in ("-m", "--multirun") for a in rest):
+                return sweep(verb, rest)
+            result = run_verb(verb, rest)
     except SystemExit:
         raise
     except BaseException as error:

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from export.artefact import ArtefactError, Card, plain
+from export.artefact import ArtefactError, Card, broken_promise, plain
 from export.letterbox import Letterbox
-from export.parity import margin, worst_gap
+from export.parity import TIE, margin, worst_gap
 from export.runtimes import Answers, Runtime, open_runtime
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
 from teacher.store import LabelSet, hash_file
 
 INPUTS, RUN = "inputs", "run.json"
-BATCHES = (1, 2, 3, 5)  # besides the main one: small, odd, and not a multiple of any tile
+BATCHES = (1, 2, 3, 5, 8)  # besides the main one: small, odd, and not a multiple of any tile
 
 
 def save_inputs(labels: LabelSet, keys: Sequence[str], card: Card, folder: Path) -> None:
@@ -75,10 +75,13 @@ def run_artefact(
     provider: str,
     threads: int | None,
     question: bool = True,
+    logits: bool = False,
+    io: str | Path | None = None,
 ) -> dict[str, Any]:
     """Answer the saved inputs with one artefact; returns what ``run.json`` then holds.
 
     ``question``: whether its `consistency` is asked as well (needless for the reference).
+    ``logits``: whether ``semantic_logits`` are saved too. ``io``: see `export.foreign`.
 
     A file that cannot be opened or run is a result too: ``error`` says what happened.
     """
@@ -89,25 +92,31 @@ def run_artefact(
     facts: dict[str, Any] = {"file": name, "sha256": hash_file(path), "batch": batch}
     facts["keys"] = list(keys)
     try:
-        with open_runtime(path, provider=provider, threads=threads) as runtime:
+        with open_runtime(
+            path, provider=provider, threads=threads, rounding=True, io=io
+        ) as runtime:
             card = runtime.card
             facts["precision"] = card.precision
-            facts["outputs"] = [o for o in card.outputs if o != "semantic_logits"]
+            facts["outputs"] = [o for o in card.outputs if logits or o != "semantic_logits"]
             facts["student_sha256"] = card.student_sha256
             facts["size"] = [card.height, card.width]
             _check_size(path, card, folder, keys)
-            facts["batch"] = card.batch or batch
+            batch = facts["batch"] = card.batch or min(batch, runtime.largest or batch)
+            save = _Saver(target, card, logits=logits)
             begun = time.perf_counter()
             for part, images, focal_px in tqdm(
                 list(batches(folder, keys, batch)), desc=name, unit="batch", disable=None
             ):
-                answers = runtime(images, focal_px)
-                _save(target, part, answers)
+                save(part, runtime(images, focal_px))
             facts["wall_s"] = round(time.perf_counter() - begun, 3)
             facts["runtime"] = runtime.facts
-            if question:
-                facts["consistency"] = consistency(runtime, keys, folder, batch=batch)
-            facts["dark"] = _save_dark(runtime, keys, folder, target)
+            facts["consistency"] = (
+                consistency(runtime, keys, folder, batch=batch) if question else {}
+            )
+            for i, key in enumerate(DARK_KEYS):
+                images, focal_px = dark_images(folder, keys)
+                save([key], runtime(images[i : i + 1], focal_px[i : i + 1]))
+            facts["broken"] = save.broken
     except ArtefactError as error:
         facts["error"] = str(error)
     replace_atomically(target / RUN, json.dumps(plain(facts), indent=1).encode() + b"\n")
@@ -123,12 +132,28 @@ def _check_size(path: Path, card: Card, folder: Path, keys: Sequence[str]) -> No
         )
 
 
-def _save(target: Path, keys: Sequence[str], answers: Answers) -> None:
-    extra = {}
-    if "semantic_logits" in answers:
-        extra["semantic_margin"] = margin(answers.pop("semantic_logits"))
-    for i, key in enumerate(keys):
-        np.savez(target / f"{key}.npz", **{n: a[i] for n, a in (answers | extra).items()})
+class _Saver:
+    """Writes answers, one file per image, and counts the promises that they break."""
+
+    def __init__(self, target: Path, card: Card, *, logits: bool) -> None:
+        self.target, self.card, self.logits = target, card, logits
+        self.broken: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, keys: Sequence[str], answers: Answers) -> None:
+        for name, array in answers.items():
+            for key, one in zip(keys, array, strict=True):
+                if what := broken_promise(name, one, self.card):
+                    count = self.broken.setdefault(name, {"what": what, "images": 0, "first": key})
+                    count["images"] += 1
+        kept = {n: a for n, a in answers.items() if self.logits or n != "semantic_logits"}
+        if "semantic" in kept:
+            ids = kept["semantic"]
+            small = np.uint8 if 0 <= ids.min(initial=0) and ids.max(initial=0) < 255 else np.int32
+            kept["semantic"] = ids.astype(small)
+        if "semantic_logits" in answers:
+            kept["semantic_tie"] = margin(answers["semantic_logits"]) < TIE
+        for i, key in enumerate(keys):
+            np.savez(self.target / f"{key}.npz", **{n: a[i] for n, a in kept.items()})
 
 
 def dark_images(folder: Path, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,20 +170,17 @@ def dark_images(folder: Path, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarr
 DARK_KEYS = ("covered-lens", "blown-out", "night")
 
 
-def _save_dark(runtime: Runtime, keys: Sequence[str], folder: Path, target: Path) -> list[str]:
-    _save(target, DARK_KEYS, runtime(*dark_images(folder, keys)))
-    return list(DARK_KEYS)
-
-
 def consistency(
     runtime: Runtime, keys: Sequence[str], folder: Path, *, batch: int
 ) -> dict[str, dict[str, float]]:
     """How far the artefact contradicts itself, per output: the largest gap of each question.
 
     ``repeat`` the same batch twice; ``permuted`` the rows in reverse; ``identical_rows`` one image
-    in every row; ``other_batch`` the same images in batches of other sizes. No reference is needed.
+    in every row; ``other_batch`` the same images in batches of other sizes: every one of an
+    engine's profile, `BATCHES` where N is free. No reference is needed.
     """
-    most = max(batch, *BATCHES)
+    sizes = batch_sizes(runtime, batch)
+    most = max(sizes)
     chosen = [keys[i % len(keys)] for i in range(most)]
     _, images, focal_px = next(batches(folder, chosen, most))
     first = runtime(images[:batch], focal_px[:batch])
@@ -173,10 +195,11 @@ def consistency(
     }
     same = runtime(np.repeat(images[:1], batch, 0), np.repeat(focal_px[:1], batch))
     other["identical_rows"] = [(same, {n: np.repeat(a[:1], batch, 0) for n, a in same.items()})]
-    whole = runtime(images, focal_px)
-    sizes = [n for n in BATCHES if n != batch] if runtime.card.batch is None else []
+    whole = runtime(images, focal_px) if most > batch else first
     other["other_batch"] = [
-        (runtime(images[:n], focal_px[:n]), _rows(whole, slice(0, n))) for n in sizes
+        (runtime(images[:n], focal_px[:n]), _rows(whole, slice(0, n)))
+        for n in sizes
+        if n not in (batch, most)
     ]
     other["other_batch"].append((first, _rows(whole, slice(0, batch))))
     return {
@@ -187,6 +210,17 @@ def consistency(
         for name in runtime.card.outputs
         if name != "semantic_logits"
     }
+
+
+def batch_sizes(runtime: Runtime, batch: int) -> list[int]:
+    """The batch sizes to be asked: all of a profile, up to 16 of them; else a choice."""
+    if runtime.card.batch is not None:
+        return [batch]
+    if runtime.largest is None:
+        return sorted({batch, *BATCHES})
+    if runtime.largest <= 16:
+        return list(range(1, runtime.largest + 1))
+    return sorted({batch, *(n for n in (*BATCHES, 16) if n <= runtime.largest), runtime.largest})
 
 
 def _rows(answers: Answers, which: slice) -> Answers:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from teacher.errors import UsageError
 
 FORMAT, VERSION = "dense-distill/artefact", 1
@@ -42,6 +44,8 @@ OUTPUTS: dict[str, Output] = {
     "sky": Output(dtype="float32", shape=_MAP, unit="probability"),
     "normals": Output(dtype="float32", shape=("N", 3, "H", "W"), unit=f"unit vector; {FRAME}"),
     "semantic": Output(dtype="int32", shape=_MAP, unit="class id"),
+    "center": Output(dtype="float32", shape=("N", 1, "H", "W"), unit="score of an object's centre"),
+    "offset": Output(dtype="float32", shape=("N", 2, "H", "W"), unit="px right and down, to it"),
     "depth_uncertainty": Output(dtype="float32", shape=_MAP, unit="Laplace scale of log depth"),
     "normals_uncertainty": Output(dtype="float32", shape=_MAP, unit="expected angle, degrees"),
     "semantic_uncertainty": Output(dtype="float32", shape=_MAP, unit="1 - p"),
@@ -147,6 +151,32 @@ def expected_shape(name: str, card: Card, batch: int) -> tuple[int, ...]:
     size = {"N": batch, "H": card.height, "W": card.width, "C": len(card.classes)}
     shape: Sequence[str | int] = describe_output(name).shape
     return tuple(size[s] if isinstance(s, str) else s for s in shape)
+
+
+RANGES = {  # output -> lowest and highest value that the contract allows
+    "depth": (MIN_DEPTH_M, MAX_DEPTH_M),
+    "sky": (0.0, 1.0),
+    "depth_uncertainty": (0.0, math.inf),
+    "normals_uncertainty": (0.0, 180.0),
+    "semantic_uncertainty": (0.0, 1.0),
+}
+SLACK = 2e-3  # of a bound, for outputs computed in half precision
+
+
+def broken_promise(name: str, array: np.ndarray, card: Card) -> str:
+    """What of the contract one image's output [...] breaks, as a clause; empty if nothing."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        return "values that are not finite"
+    if name == "semantic" and card.classes and not np.isin(array, list(card.classes)).all():
+        return "class ids outside its table"
+    if name == "normals":
+        length = np.sqrt(np.square(array.astype(np.float64)).sum(0))
+        if np.abs(length - 1).max() > 0.05:
+            return "vectors whose length is not 1"
+    low, high = RANGES.get(name, (-math.inf, math.inf))
+    if array.min() < low - SLACK * abs(low) - 1e-6 or array.max() > high + SLACK * abs(high):
+        return f"values outside {low:g} to {high:g}"
+    return ""
 
 
 def plain(value: Any) -> Any:

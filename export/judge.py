@@ -1,91 +1,22 @@
-"""Run, then judge: this half judges saved answers (`export.answers`) against budgets.
-
-Budgets (``conf/task/*.yaml``): {task: {precision: {"parity": {output: {measure: limit}},
-"loss": {metric: limit}}}}. Every output of an artefact needs a budget: what is not bounded is not
-checked, so a missing one is an error and not a pass.
-"""
+"""Run, then judge: this half judges saved answers (`export.answers`) against `export.budgets`."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from export.answers import DARK_KEYS, load
+from export.budgets import LABEL_TASKS, Budgets, Finding, lookup, sign
 from export.letterbox import Letterbox, to_label_space
-from export.parity import MEASURES, TASK_OF, TIE, UNITS, measures, summarise
-from teacher.errors import UsageError
+from export.parity import TASK_OF, UNITS, measures, summarise
+from export.references import Known, Reference, resampled
+from export.strata import Table, far_m, strata_table, worst_losses
 from teacher.label import Label, Task
 from teacher.score import score
-from teacher.store import LabelSet
-
-LARGER_IS_BETTER = ("delta", "iou", "miou", "within", "pixel_accuracy", "f1")
-Budgets = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One missed budget: which artefact, which task, which measure, by how much."""
-
-    artefact: str
-    task: str
-    measure: str
-    found: float | str | None
-    budget: float | str | None
-    unit: str = ""
-    image: str = ""
-
-    def __str__(self) -> str:
-        """One sentence."""
-        where = f", worst image {self.image}" if self.image else ""
-        unit = f" {self.unit}" if self.unit else ""
-        return (
-            f"{self.artefact}: {self.task}: {self.measure} is {_number(self.found)}{unit}, budget "
-            f"{_number(self.budget)}{where}"
-        )
-
-
-def _number(value: float | str | None) -> str:
-    if value is None:
-        return "not finite"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-class Reference:
-    """A label set seen under the keys of the held-out images.
-
-    A set that was labelled from another one's images may have other keys; its ``uri`` then names
-    the original key. Images that it lacks are left out and counted in ``missing``.
-    """
-
-    def __init__(self, name: str, labels: LabelSet, keys: Sequence[str]) -> None:
-        """``name`` is "teacher" or "truth"; ``keys`` are those of the held-out images."""
-        self.name, self.labels, self.classes = name, labels, labels.classes
-        by_uri = {row["uri"]: row["key"] for row in labels.rows if row["state"] == "labelled"}
-        self.key_of = {k: k if k in labels else by_uri.get(k, "") for k in keys}
-        self.missing = [k for k, own in self.key_of.items() if not own]
-        if len(self.missing) == len(keys):
-            raise UsageError(
-                f"{name}={labels.path}: none of the {len(keys)} held-out images is in it; expected "
-                "a label set of the same images."
-            )
-
-    def __len__(self) -> int:
-        """Number of images that it knows."""
-        return len(self.key_of) - len(self.missing)
-
-    def __iter__(self) -> Iterator[Label]:
-        """Labels under the held-out keys, in their order."""
-        return (self[key] for key, own in self.key_of.items() if own)
-
-    def __getitem__(self, key: str) -> Label:
-        """One label under its held-out key."""
-        return dataclasses.replace(self.labels[self.key_of[key]], key=key)
 
 
 class Judge:
@@ -98,27 +29,28 @@ class Judge:
         keys: Sequence[str],
         references: Sequence[Reference],
         tasks: Sequence[str],
-        budgets: Budgets,
+        budgets: Mapping[str, Any],
         min_m: float,
         max_m: float,
     ) -> None:
         """``folder`` holds the saved answers; ``tasks`` are the ones to be judged."""
         self.folder, self.keys, self.references = folder, keys, references
-        self.tasks, self.budgets = tasks, budgets
+        self.tasks, self.budgets = tasks, Budgets(budgets, tasks)
         self.bounds: dict[str, Any] = {"min_m": min_m, "max_m": max_m}
+        self.far_m = {ref.name: far_m(ref, **self.bounds) for ref in references}
 
     def answers_for(self, name: str, label: Label) -> dict[Any, np.ndarray]:
         """The saved answers of ``name`` to a label's image, at the label's size."""
         raw = load(self.folder, name, label.key)
-        raw.pop("semantic_margin", None)
+        raw = {n: a for n, a in raw.items() if n != "semantic_tie" and not n.endswith("_logits")}
         target = next(iter(raw.values())).shape[-2:]
         answers = to_label_space(raw, Letterbox.fit(label.image.shape[:2], target))
         if "semantic" in answers and Task.SEMANTIC in label.values:
             answers["semantic"] = answers["semantic"].astype(label.values[Task.SEMANTIC].dtype)
         return answers  # type: ignore[return-value]
 
-    def scores(self, name: str) -> dict[str, Any]:
-        """`teacher.score` of one runtime against every reference."""
+    def scores(self, name: str, outputs: Sequence[str]) -> dict[str, Any]:
+        """`teacher.score` of one runtime against every reference, in the tasks that it answers."""
         return {
             ref.name: score(
                 lambda label: self.answers_for(name, label),
@@ -128,7 +60,26 @@ class Judge:
                 **self.bounds,
             )
             for ref in self.references
-            if (shared := [t for t in self.tasks if t in ref.labels.tasks])
+            if (shared := self._shared(ref, outputs))
+        }
+
+    def _shared(self, ref: Reference, outputs: Sequence[str]) -> list[str]:
+        """Judged tasks that a reference has, that have a number, and that were answered."""
+        return [
+            t for t in self.tasks if t in ref.labels.tasks and t in LABEL_TASKS and t in outputs
+        ]
+
+    def strata(self, name: str, outputs: Sequence[str]) -> dict[str, Table]:
+        """`export.strata.strata_table` of one runtime against every reference."""
+        return {
+            ref.name: strata_table(
+                lambda label: self.answers_for(name, label),
+                ref,
+                tasks=self._shared(ref, outputs),
+                beyond_m=self.far_m[ref.name],
+                **self.bounds,
+            )
+            for ref in self.references
         }
 
     def teacher_scores(self) -> dict[str, Any]:
@@ -137,13 +88,13 @@ class Judge:
         if {"teacher", "truth"} - set(by_name):
             return {}
         teacher, truth = by_name["teacher"], by_name["truth"]
-        shared = [t for t in self.tasks if t in teacher.labels.tasks and t in truth.labels.tasks]
-        known = _Known(truth, [k for k, own in teacher.key_of.items() if own])
+        shared = [t for t in self._shared(truth, self.tasks) if t in teacher.labels.tasks]
+        known = Known(truth, [k for k, own in teacher.key_of.items() if own])
         if not shared or not len(known):
             return {}
         return {
             "truth": score(
-                lambda label: _resampled(teacher[label.key], label.image.shape[:2]),
+                lambda label: resampled(teacher[label.key], label.image.shape[:2]),
                 known,
                 tasks=shared,
                 classes=truth.classes or None,
@@ -158,7 +109,7 @@ class Judge:
         for keys, table in ((self.keys, rows), (DARK_KEYS, dark)):
             for key in keys:
                 found, expected = (load(self.folder, n, key) for n in (name, reference))
-                ties = expected["semantic_margin"] < TIE if "semantic_margin" in expected else None
+                ties = expected.get("semantic_tie")
                 for output in outputs:
                     row = measures(output, found[output], expected[output], ties)
                     table[output].append((key, row))
@@ -169,56 +120,68 @@ class Judge:
             for output in outputs
         }
 
-    def limits(self, task: str, precision: str, part: str) -> Mapping[str, Any]:
-        """The budgets of a task; a missing one is an error that says where to write it."""
-        try:
-            return self.budgets[task][precision][part]
-        except KeyError as error:
-            raise UsageError(
-                f"budgets: nothing under {task}.{precision}.{part}; write it into "
-                f"conf/task/{task}.yaml, or leave the task out with tasks=[...]."
-            ) from error
+    def contract_findings(self, run: Mapping[str, Any]) -> list[Finding]:
+        """Values that the contract of `export.artefact` rules out, whatever the budgets say."""
+        return [
+            Finding(
+                artefact=run["file"],
+                task=TASK_OF[output],
+                measure=f"{output}: {broken['what']}",
+                found=f"broken on {broken['images']} images",
+                budget="never",
+                check="contract",
+                image=broken["first"],
+            )
+            for output, broken in run["broken"].items()
+            if TASK_OF[output] in self.tasks
+        ]
 
     def parity_findings(self, run: Mapping[str, Any], parity: Mapping[str, Any]) -> list[Finding]:
-        """Budgets of parity and self-consistency that were missed."""
+        """Budgets of parity that were missed."""
         findings = []
         for output, summary in parity.items():
-            task = TASK_OF[output]
-            table = self.limits(task, run["precision"], "parity")
-            if output not in table:
-                raise UsageError(
-                    f"budgets: no parity for output {output} under {task}.{run['precision']}; "
-                    f"write it into conf/task/{task}.yaml."
-                )
-            known = [*MEASURES, "consistency"] if output != "semantic" else ["mean", "consistency"]
-            if strange := sorted(set(table[output]) - set(known)):
-                raise UsageError(
-                    f"budgets: {task}.{run['precision']}.parity.{output} has {strange}, expected "
-                    f"{known}; what is misspelt would not be checked."
-                )
-            for measure, limit in table[output].items():
-                seen: dict[str, tuple[float, str]] = {}
+            for measure, limit in self.budgets.parity(output, run["precision"]).items():
                 if measure == "consistency":
-                    told = run["consistency"][output]
-                    seen = {f"{output} {q}": (_finite(v), "") for q, v in told.items()}
-                else:
-                    seen[f"{output} {measure}"] = (summary[measure], summary["worst_image"])
-                    if measure != "mean":
-                        dark = summary["dark"]
-                        seen[f"{output} {measure} (dark)"] = (dark[measure], dark["worst_image"])
+                    continue
+                seen = {output + " " + measure: summary}
+                if measure != "mean":
+                    seen[f"{output} {measure} (dark)"] = summary["dark"]
                 findings += [
                     Finding(
                         artefact=run["file"],
-                        task=task,
+                        task=TASK_OF[output],
                         measure=name,
-                        found=value if math.isfinite(value) else None,
+                        found=part[measure] if math.isfinite(part[measure]) else None,
                         budget=float(limit),
+                        check="parity",
                         unit=UNITS[output],
-                        image=image,
+                        image=part["worst_image"],
                     )
-                    for name, (value, image) in seen.items()
-                    if not value <= limit
+                    for name, part in seen.items()
+                    if not part[measure] <= limit
                 ]
+        return findings
+
+    def consistency_findings(self, run: Mapping[str, Any]) -> list[Finding]:
+        """Budgets of an artefact's agreement with itself that were missed."""
+        findings = []
+        for output, told in run["consistency"].items():
+            if TASK_OF[output] not in self.tasks:
+                continue
+            limit = self.budgets.parity(output, run["precision"])["consistency"]
+            findings += [
+                Finding(
+                    artefact=run["file"],
+                    task=TASK_OF[output],
+                    measure=f"{output} {question}",
+                    found=value,
+                    budget=float(limit),
+                    check="consistency",
+                    unit=UNITS[output],
+                )
+                for question, value in told.items()
+                if value is None or not value <= limit
+            ]
         return findings
 
     def loss_findings(
@@ -227,74 +190,76 @@ class Judge:
         """How much worse than the student, per reference and metric; and the missed budgets."""
         losses: dict[str, Any] = {}
         findings = []
-        for reference, report in found.items():
-            for task in self.tasks:
-                for metric, limit in self.limits(task, run["precision"], "loss").items():
-                    if not _is_measured(report, metric):
-                        raise UsageError(
-                            f"budgets: {task}.{run['precision']}.loss.{metric}: the ruler has no "
-                            "such number (teacher.score); what is misspelt would not be checked."
-                        )
-                    ours, theirs = lookup(report, metric), lookup(student[reference], metric)
-                    if theirs is None:
-                        continue
-                    sign = 1 if metric.split(".")[1].startswith(LARGER_IS_BETTER) else -1
-                    loss = math.inf if ours is None else sign * (theirs - ours)
-                    losses[f"{metric} vs {reference}"] = loss if math.isfinite(loss) else None
-                    if not loss <= limit:
-                        findings.append(
-                            Finding(
-                                artefact=run["file"],
-                                task=task,
-                                measure=f"loss of {metric} against the {reference}",
-                                found=losses[f"{metric} vs {reference}"],
-                                budget=float(limit),
-                            )
-                        )
+        for reference, task, metric, limit in self.budgets.metrics(run, found, "loss"):
+            ours = lookup(found[reference], metric)
+            theirs = lookup(student[reference], metric)
+            if theirs is None:
+                continue
+            loss = math.inf if ours is None else sign(metric) * (theirs - ours)
+            losses[f"{metric} vs {reference}"] = loss if math.isfinite(loss) else None
+            if not loss <= limit:
+                findings.append(
+                    Finding(
+                        artefact=run["file"],
+                        task=task,
+                        measure=f"loss of {metric} against the {reference}",
+                        found=losses[f"{metric} vs {reference}"],
+                        budget=float(limit),
+                        check="score",
+                    )
+                )
         return losses, findings
 
+    def score_findings(self, run: Mapping[str, Any], found: Mapping[str, Any]) -> list[Finding]:
+        """Budgets that a score itself must keep (``score``; optional), whoever made the model."""
+        findings = []
+        for reference, task, metric, limit in self.budgets.metrics(run, found, "score"):
+            ours, way = lookup(found[reference], metric), sign(metric)
+            if ours is None or not way * (ours - limit) >= 0:
+                findings.append(
+                    Finding(
+                        artefact=run["file"],
+                        task=task,
+                        measure=f"{metric} against the {reference}",
+                        found=ours,
+                        budget=f"at {'least' if way > 0 else 'most'} {limit:g}",
+                        check="score",
+                    )
+                )
+        return findings
 
-class _Known:
-    """The labels of a reference for some of its keys."""
-
-    def __init__(self, reference: Reference, keys: Sequence[str]) -> None:
-        self.reference = reference
-        self.keys = [k for k in keys if reference.key_of.get(k)]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __iter__(self) -> Iterator[Label]:
-        return (self.reference[k] for k in self.keys)
-
-
-def _resampled(label: Label, size: tuple[int, int]) -> dict[Any, np.ndarray]:
-    """A label's arrays at another size of the same picture, by the nearest pixel centre."""
-    index = [
-        np.clip(((np.arange(n) + 0.5) * m / n).astype(np.int64), 0, m - 1)
-        for n, m in zip(size, label.image.shape[:2], strict=True)
-    ]
-    return {t: a[index[0][:, None], index[1][None, :]] for t, a in label.values.items()}
-
-
-def _is_measured(report: Mapping[str, Any], metric: str) -> bool:
-    """Whether a number exists in the ruler; a task that the reference lacks says nothing."""
-    block, _, number = metric.partition(".")
-    parts = [report[part][block] for part in ("mean", "set") if block in report[part]]
-    if not parts:
-        return block in ("sky", *Task)
-    return any(number in part for part in parts)
-
-
-def _finite(value: float | None) -> float:
-    return math.inf if value is None else value
-
-
-def lookup(report: Mapping[str, Any], metric: str) -> float | None:
-    """``depth.delta1`` in a `teacher.score` report: the mean over images, else over the set."""
-    block, number = metric.split(".")
-    for part in ("mean", "set"):
-        value = report[part].get(block, {}).get(number)
-        if value is not None:
-            return float(value)
-    return None
+    def strata_findings(
+        self, run: Mapping[str, Any], found: Mapping[str, Any], student: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[Finding]]:
+        """The worst stratum and the worst image against the student, and the missed budgets."""
+        losses: dict[str, Any] = {}
+        findings = []
+        for part, kind in (("strata", "stratum"), ("image", "image")):
+            for reference, task, metric, limit in self.budgets.metrics(run, student, part):
+                if metric not in student[reference]:
+                    continue
+                worst = worst_losses(
+                    metric,
+                    found[reference][metric],
+                    student[reference][metric],
+                    larger_is_better=sign(metric) > 0,
+                )
+                if kind not in worst:
+                    continue
+                loss, where = worst[kind]
+                name = f"worst {kind}: {metric} vs {reference}"
+                losses[name] = {"loss": loss if math.isfinite(loss) else None, "where": where}
+                if not loss <= limit:
+                    findings.append(
+                        Finding(
+                            artefact=run["file"],
+                            task=task,
+                            measure=f"loss of {metric} against the {reference}, worst {kind}"
+                            + (f" ({where})" if kind == "stratum" else ""),
+                            found=losses[name]["loss"],
+                            budget=float(limit),
+                            check=part,
+                            image=where if kind == "image" else "",
+                        )
+                    )
+        return losses, findings

@@ -105,8 +105,8 @@ class Letterbox:
 def to_label_space(answers: Mapping[str, np.ndarray], box: Letterbox) -> dict[str, np.ndarray]:
     """One image's outputs (`export.artefact`, without N) at the source size, in label form.
 
-    ``depth`` [h, w] with +inf where sky is more likely than not, ``normals`` [h, w, 3], the other
-    outputs [h, w]; exactly what `teacher.label` describes.
+    ``depth`` [h, w] with +inf where sky is more likely than not, ``normals`` [h, w, 3], ``offset``
+    [2, h, w] in pixels of the source, the others as they are; what `teacher.label` describes.
     """
     out = {}
     for name, values in answers.items():
@@ -114,4 +114,6 @@ def to_label_space(answers: Mapping[str, np.ndarray], box: Letterbox) -> dict[st
         out[name] = np.moveaxis(back, 0, -1) if name == "normals" else back
     if "depth" in out and "sky" in out:
         out["depth"] = np.where(out["sky"] > 0.5, np.float32(np.inf), out["depth"])
+    if "offset" in out:
+        out["offset"] = out["offset"] / np.float32(box.factor)
     return out

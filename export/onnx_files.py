@@ -16,6 +16,8 @@ from export.artefact import ArtefactError
 
 MAX_MODEL_BYTES = 1 << 31  # protobuf's own limit
 MAX_EXTERNAL_BYTES = 1 << 35
+MAX_ELEMENTS = 1 << 31  # of one tensor
+MAX_NODES = 100_000
 RESIZE_MODES = ("nearest", "linear")
 
 
@@ -99,6 +101,28 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> bool:
     if sum(files.values()) > MAX_EXTERNAL_BYTES:
         raise ArtefactError(f"{path}: external data of {sum(files.values())} bytes is too large.")
     return bool(files)
+
+
+def check_sizes(model: onnx.ModelProto, *, where: str) -> None:
+    """Refuse declared shapes that would make a small file ask for more memory than any student."""
+    for tensor in tensors(model):
+        count = 1
+        for size in tensor.dims:
+            count *= size
+        if count < 0 or count > MAX_ELEMENTS:
+            raise ArtefactError(
+                f"{where}: tensor {tensor.name!r} claims shape {list(tensor.dims)}, more than the "
+                f"{MAX_ELEMENTS} elements that are read. It is not run."
+            )
+    nodes = sum(len(graph.node) for graph in graphs(model))
+    if nodes > MAX_NODES:
+        raise ArtefactError(f"{where}: {nodes} nodes, more than {MAX_NODES}. It is not run.")
+    for item in (*model.graph.input, *model.graph.output):
+        count = 1
+        for dim in item.type.tensor_type.shape.dim:
+            count *= dim.dim_value if dim.HasField("dim_value") else 1
+        if count < 0 or count > MAX_ELEMENTS:
+            raise ArtefactError(f"{where}: {item.name!r} claims {count} elements. It is not run.")
 
 
 def _size_of_regular_file(file: Path, path: Path, tensor: onnx.TensorProto, name: str) -> int:

@@ -20,6 +20,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from export import readiness
 from export.artefact import MAX_DEPTH_M, MIN_DEPTH_M, OUTPUTS, Card, card_to_metadata
 from export.onnx_files import check_rules
 from student.checkpoint import load_student
@@ -28,10 +29,16 @@ from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
 from teacher.jobs.licences import as_text, of_student
 from teacher.label import Camera
-from teacher.store import hash_file
+from teacher.store import LabelSet, hash_file
 
 OPSET = 18  # TensorRT 10.3 reads up to 20, 11.x up to 25
-PRECISIONS = {"fp32": "student.onnx"}
+PRECISIONS = {
+    "fp32": "student.onnx",
+    "fp16": "student.fp16.onnx",
+    "bf16": "student.bf16.onnx",
+    "int8-cpu": "student.int8-cpu.onnx",
+    "int8-trt": "student.int8-trt.onnx",
+}
 EXPORT_JSON = "export.json"
 REFERENCE = "student.safetensors"
 
@@ -80,6 +87,8 @@ class Delivered(nn.Module):
         for name in self.outputs:
             if name.endswith("_uncertainty"):
                 out[name] = raw[name][:, 0]
+            elif name in ("center", "offset"):
+                out[name] = raw[name]
         return tuple(out[name] for name in self.outputs)
 
 
@@ -193,6 +202,9 @@ def export_student(
     focal_input: bool = True,
     focal_px: float | None = None,
     semantic_logits: bool = False,
+    calibration: str | None = None,
+    calibration_images: int = 32,
+    tensorrt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``student.onnx``, the checkpoint it came from, and ``export.json`` into ``out``.
 
@@ -204,7 +216,22 @@ def export_student(
         focal_input: whether the graph takes ``focal_px``; else ``focal_px`` is baked.
         focal_px: the recorded camera's focal length at H x W; None: 60 degrees across.
         semantic_logits: also deliver the logits of the classes.
+        calibration: label set whose images calibrate and judge every other precision than fp32.
+        calibration_images: so many calibrate, as many others judge (`export.lowering`).
+
+        tensorrt: None, or the options of `export.trt_engine.build` with which an engine of every
+            precision but int8-cpu is built here, for this GPU and this TensorRT.
+
+    A precision that misses a budget, or is not faster, is declined: its numbers stand in
+    ``export.json`` and ``exit`` is 1 if nothing but declined ones was asked for.
     """
+    lowered = [name for name in precision if name != "fp32"]
+    if lowered and calibration is None:
+        raise UsageError(
+            f"precision={lowered}: needs calibration=LABELS, a label set of images like those the "
+            "student will see (not the ones it is verified on)."
+        )
+    labels = LabelSet(calibration) if lowered and calibration is not None else None
     wrong = sorted(set(precision) - set(PRECISIONS))
     if wrong or not precision:
         raise UsageError(f"precision={list(precision)}: expected some of {list(PRECISIONS)}.")
@@ -227,25 +254,47 @@ def export_student(
         semantic_logits=semantic_logits,
         student_sha256=hash_file(reference),
     )
-    artefacts = {}
-    for name in precision:
-        model = to_onnx(student, dataclasses.replace(card, precision=name))
+    model = to_onnx(student, card)
+    artefacts: dict[str, Any] = {}
+    declined: dict[str, Any] = {}
+
+    def write(graph: onnx.ModelProto, name: str, facts: dict[str, Any]) -> None:
         path = folder / PRECISIONS[name]
-        replace_atomically(path, model.SerializeToString(deterministic=True))
+        replace_atomically(path, graph.SerializeToString(deterministic=True))
         artefacts[path.name] = {
             "precision": name,
             "sha256": hash_file(path),
             "bytes": path.stat().st_size,
-            "nodes": len(model.graph.node),
-            "opset": OPSET,
+            "nodes": len(graph.graph.node),
+            "opset": max(o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")),
+            "tensorrt": readiness.verdicts(graph),
+            **facts,
         }
+
+    if "fp32" in precision:
+        write(model, "fp32", {})
+    if labels is not None:
+        from export.lowering import lower_all
+
+        for name, graph, facts in lower_all(
+            model, lowered, card=card, reference=reference, labels=labels, images=calibration_images
+        ):
+            if graph is None:
+                declined[name] = facts
+                (folder / PRECISIONS[name]).unlink(missing_ok=True)  # an earlier export's
+            else:
+                write(graph, name, facts)
+    engines = {} if tensorrt is None else build_engines(folder, list(artefacts), tensorrt)
+    artefacts |= engines
     size = f"{card.height}x{card.width}"
     total_mb = sum(int(str(a["bytes"])) for a in artefacts.values()) / 1e6
     result = {
         "summary": f"{', '.join(artefacts)} ({size}, {'/'.join(card.outputs)}, {total_mb:.1f} MB) "
-        f"in {folder}",
+        f"in {folder}" + "".join(f"; {n} declined: {d['declined']}" for n, d in declined.items()),
+        "exit": 1 if declined and not artefacts else 0,
         "reference": {"file": REFERENCE, "sha256": card.student_sha256},
         "artefacts": artefacts,
+        "declined": declined,
         "card": dataclasses.asdict(card),
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__},
     }
@@ -253,12 +302,27 @@ def export_student(
     return result
 
 
+def build_engines(
+    folder: Path, names: Sequence[str], options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """An engine beside each graph that is for TensorRT; what ``export.json`` says of them."""
+    from export.trt_engine import build
+
+    built: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name != PRECISIONS["int8-cpu"]:
+            engine = folder / name.replace(".onnx", ".engine")
+            sidecar = build(folder / name, engine, **options)
+            built[engine.name] = {**sidecar.engine, "precision": sidecar.precision}
+    return built
+
+
 def _open_folder(folder: Path) -> Path:
     """Create the folder or accept an earlier export's; refuse a folder with other things in it."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"out={folder}: found a file, expected a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    found = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+    found = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     if found and EXPORT_JSON not in found and set(found) != {REFERENCE}:
         raise UsageError(
             f"out={folder}: found {sorted(found)[:3]} and no {EXPORT_JSON}, expected a new or "

@@ -1,8 +1,9 @@
 """How far two answers to the same images lie apart, in the unit of each output.
 
-``depth`` and its uncertainty: |a - b| / b. ``normals``: the angle in degrees. Probabilities and
-degrees: |a - b|. ``semantic``: 1 where the class differs, pixels apart at which the student itself
-hardly decides (`TIE`). A value that is not finite is infinitely far from everything.
+``depth`` and its uncertainty: |a - b| / b. ``normals``: the angle in degrees. ``offset``: the
+distance in pixels. Probabilities, logits and degrees: |a - b|, the largest over the channels.
+``semantic``: 1 where the class differs, pixels apart at which the student itself hardly decides
+(`TIE`). A value that is not finite is infinitely far from everything.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ TASK_OF = {
     "semantic": "semantic",
     "semantic_logits": "semantic",
     "semantic_uncertainty": "semantic",
+    "center": "instances",
+    "offset": "instances",
 }
 UNITS = {
     "depth": "relative",
@@ -31,6 +34,8 @@ UNITS = {
     "semantic": "share of pixels",
     "semantic_logits": "logit",
     "semantic_uncertainty": "probability",
+    "center": "probability",
+    "offset": "px",
 }
 TIE = 1e-2  # a probability margin of the first class over the second below this is a tie
 MEASURES = ("max", "p999", "mean")
@@ -56,6 +61,8 @@ def gap(name: str, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
             # 2 atan2(|a - b|, |a + b|): exact where acos would lose half its digits (Kahan)
             angle = 2 * np.arctan2(_length(a - b), _length(a + b))
             distance = np.degrees(angle) + np.degrees(np.abs(_length(a) - 1))
+        elif name == "offset":
+            distance = _length(a - b)
         elif UNITS[name] == "relative":
             distance = np.abs(a - b) / np.maximum(np.abs(b), 1e-9)
         else:
@@ -66,7 +73,7 @@ def gap(name: str, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def _length(vectors: np.ndarray) -> np.ndarray:
-    """[N, 3, H, W] -> [N, H, W]."""
+    """[N, C, H, W] -> [N, H, W]."""
     return np.sqrt(np.einsum("nchw,nchw->nhw", vectors, vectors))
 
 

@@ -61,7 +61,7 @@ def predict(
     """Answer every image of a source.
 
     Args:
-        model: ``student.onnx`` or ``student.safetensors``.
+        model: ``student.onnx``, ``.engine`` or ``student.safetensors``.
         images: folder, glob, ``.txt`` list, image, or label set (`teacher.jobs.sources`).
         out: folder for the answers: new, empty, or of an earlier predict.
         batch: images per call.
@@ -73,9 +73,10 @@ def predict(
         raise UsageError(f"batch={batch}: expected at least 1.")
     if focal_px is not None and not focal_px > 0:
         raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
-    source, folder = open_source(images), _open_folder(Path(out))
+    source = open_source(images)
     rows: list[dict[str, Any]] = []
     with open_runtime(model, provider=provider, threads=threads) as runtime:
+        folder = _open_folder(Path(out))  # not before the model runs: a refusal leaves nothing
         about = {
             "format": FORMAT,
             "version": 1,

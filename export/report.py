@@ -10,7 +10,8 @@ import numpy as np
 
 from export import pictures
 from export.answers import INPUTS, load
-from export.judge import Judge, lookup
+from export.budgets import LABEL_TASKS, lookup
+from export.judge import Judge
 from export.letterbox import Letterbox
 from export.onnx_graph import REFERENCE
 from export.parity import TASK_OF, gap
@@ -65,7 +66,7 @@ def parity_table(result: Mapping[str, Any]) -> list[Row]:
     missed = {(f["artefact"], f["measure"].split(" ")[0]) for f in result["findings"]}
     for name, table in result["artefacts"].items():
         for output, summary in table["parity"].items():
-            own = list(table["consistency"][output].values())
+            own = list(table["consistency"].get(output, {"": 0.0}).values())
             itself = None if None in own else max(own)
             values = [summary.get(m) for m in ("p999", "max", "mean")]
             verdict = MISSED if (name, output) in missed else "ok"
@@ -77,6 +78,32 @@ def parity_table(result: Mapping[str, Any]) -> list[Row]:
                 for m in ("p999", "max", "mean", "consistency")
             )
             rows.append([name, output, summary["unit"], *cells, allowed, verdict])
+    return rows
+
+
+def strata_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Heading and rows: artefact, metric, its worst stratum and its worst image."""
+    rows: list[Row] = [["artefact", "worst", "metric", "loss", "where", "verdict"]]
+    bad = {
+        (f["artefact"], f["check"], f["measure"].split(" ")[2])
+        for f in result["findings"]
+        if f["check"] in ("strata", "image")
+    }
+    for name, table in result["artefacts"].items():
+        for title, told in table.get("strata", {}).items():
+            kind, _, metric = title.removeprefix("worst ").partition(": ")
+            part = "strata" if kind == "stratum" else "image"
+            verdict = MISSED if (name, part, metric.split(" ")[0]) in bad else "ok"
+            rows.append([name, kind, metric, _cell(told["loss"], "{:.2g}"), told["where"], verdict])
+    return rows
+
+
+def readiness_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Heading and rows: whether TensorRT takes each graph, by release (`export.readiness`)."""
+    rows: list[Row] = [["artefact", "TensorRT", "takes it", "why not"]]
+    for name, told in result.get("tensorrt", {}).items():
+        for target, answer in told.items():
+            rows.append([name, target, answer["takes"], "; ".join(answer["why"])])
     return rows
 
 
@@ -94,6 +121,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         table(score_table(result)),
         "## Artefacts against the torch student",
         table(parity_table(result)),
+        "## Where they lose most: edges, far, dark, and single images",
+        table(strata_rows(result)),
+        "## Would TensorRT take the graphs (published operator tables)",
+        table(readiness_rows(result)),
     ]
     if result["findings"]:
         parts += ["## Missed budgets", "\n".join(f"- {f['text']}" for f in result["findings"])]
@@ -166,6 +197,10 @@ def html(result: Mapping[str, Any], judge: Judge) -> str:
 <h2>Scores: teacher, student and artefacts under one ruler</h2>{_html_table(score_table(result))}
 <h2>Artefacts against the torch student, and against themselves</h2>
 {_html_table(parity_table(result))}
+<h2>Where they lose most: edges, far, dark, and single images</h2>
+{_html_table(strata_rows(result))}
+<h2>Would TensorRT take the graphs (published operator tables)</h2>
+{_html_table(readiness_rows(result))}
 {f"<h2>Missed budgets</h2><ul>{findings}</ul>" if findings else ""}
 <h2>Pictures: {len(keys)} of {len(result["keys"])} images, worst first</h2>
 <p><small>Depth and normals: black is unknown, white is sky. Errors and differences: grey is
@@ -176,11 +211,16 @@ unknown.</small></p>{images}
 """
 
 
+def main_name(result: Mapping[str, Any]) -> str:
+    """Who the pictures are about: the reference, or without one the first that ran."""
+    return result["reference"] or next(iter(result["scores"]), "")
+
+
 def worst_first(result: Mapping[str, Any]) -> list[str]:
     """Keys: those that missed a budget, then by the student's error against the first reference."""
     missed = [f["image"] for f in result["findings"] if f["image"] in result["keys"]]
     ranked: list[str] = []
-    for report in result["scores"][REFERENCE].values():
+    for report in result["scores"].get(main_name(result), {}).values():
         for task, number, sign in (
             ("depth", "abs_rel", -1),
             ("normals", "mean_deg", -1),
@@ -202,7 +242,7 @@ def _image(key: str, result: Mapping[str, Any], judge: Judge) -> str:
     shown = artefacts[:PICTURED_ARTEFACTS]
     main = next(iter(labels.values()))
     numbers = []
-    for against, report in result["scores"][REFERENCE].items():
+    for against, report in result["scores"].get(main_name(result), {}).items():
         row: dict = next((r for r in report["rows"] if r["key"] == key), {})
         for metric, heading in NUMBERS.items():
             block, number = metric.split(".")
@@ -211,7 +251,8 @@ def _image(key: str, result: Mapping[str, Any], judge: Judge) -> str:
     rows = "".join(
         f'<div class="row">{"".join(figures)}</div>{legend}'
         for task in judge.tasks
-        for figures, legend in [_task(task, key, labels, shown, judge)]
+        if task in labels_tasks(labels)
+        for figures, legend in [_task(task, key, labels, shown, judge, result["reference"])]
     )
     seen = load(judge.folder, INPUTS, key)["image"]
     first = _figure(main.image, f"image {main.image.shape[1]}x{main.image.shape[0]}") + _figure(
@@ -221,13 +262,25 @@ def _image(key: str, result: Mapping[str, Any], judge: Judge) -> str:
     return f'<div class="image">{head}<div class="row">{first}</div>{rows}</div>'
 
 
+def labels_tasks(labels: Mapping[str, Label]) -> set[str]:
+    """The tasks that can be painted beside a label: those that one of them has."""
+    return {str(task) for label in labels.values() for task in label.values} & set(LABEL_TASKS)
+
+
 def _task(
-    task: str, key: str, labels: Mapping[str, Label], artefacts: Sequence[str], judge: Judge
+    task: str,
+    key: str,
+    labels: Mapping[str, Label],
+    artefacts: Sequence[str],
+    judge: Judge,
+    reference: str,
 ) -> tuple[list[str], str]:
     """Figures of one task: references, student, artefacts, student's error, artefacts' gaps."""
     known = {n: label.values[Task(task)] for n, label in labels.items() if task in label.values}
     size_label = next(iter(labels.values()))
-    answers = {n: judge.answers_for(n, size_label)[task] for n in (REFERENCE, *artefacts)}
+    names = [reference, *artefacts] if reference else list(artefacts)
+    everything = {n: judge.answers_for(n, size_label) for n in names}
+    answers = {n: a[task] for n, a in everything.items() if task in a}
     near_m, far_m = pictures.depth_range(
         next(iter((known or answers).values())) if task == "depth" else np.empty(0)
     )
@@ -240,13 +293,15 @@ def _task(
     figures = [_figure(paint(v), f"{task}: {name}") for name, v in known.items()]
     figures += [_figure(paint(v), f"{task}: {NAMES.get(n, n)}") for n, v in answers.items()]
     for name, label in labels.items():
-        if name in known:
-            error, top = error_map(task, judge.answers_for(REFERENCE, label)[task], known[name])
-            figures.append(
-                _figure(pictures.share_picture(error, top), f"student's error against {name}")
-            )
+        if name in known and answers:
+            who = next(iter(answers))
+            error, top = error_map(task, judge.answers_for(who, label)[task], known[name])
+            title = f"{NAMES.get(who, who)}: error against {name}"
+            figures.append(_figure(pictures.share_picture(error, top), title))
     for name in artefacts:
-        figures.append(_figure(_gap_picture(task, key, name, judge), f"{name} − student"))
+        if name in answers and reference in answers:
+            picture = _gap_picture(task, key, name, judge, reference)
+            figures.append(_figure(picture, f"{name} − student"))
     legend = {
         "depth": _scale(pictures.DEPTH_MAP, f"{near_m:.2g} m", f"{far_m:.2g} m (log)")
         + _scale(pictures.ERROR_MAP, "error 0", "50 %"),
@@ -272,9 +327,9 @@ def error_map(task: str, found: np.ndarray, expected: np.ndarray) -> tuple[np.nd
     return np.where(unknown, np.nan, found != expected), 1.0
 
 
-def _gap_picture(task: str, key: str, name: str, judge: Judge) -> np.ndarray:
+def _gap_picture(task: str, key: str, name: str, judge: Judge, reference: str) -> np.ndarray:
     """How far the artefact is from the student at every pixel, log scale from 1e-7 to 1."""
-    found, expected = (load(judge.folder, n, key)[task] for n in (name, REFERENCE))
+    found, expected = (load(judge.folder, n, key)[task] for n in (name, reference))
     distance = gap(task, found[None], expected[None])[0]
     main = judge.references[0][key] if judge.references[0].key_of.get(key) else None
     if main is not None:

@@ -21,6 +21,7 @@ from export.artefact import (
     card_from_metadata,
     expected_shape,
 )
+from export.foreign import Adapter, read_description
 from teacher.cores import usable_cores
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.store import hash_file
@@ -30,14 +31,20 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+HEAVY = {"Conv", "ConvTranspose", "FusedConv", "Gemm", "MatMul", "Resize", "LayerNormalization"}
 Answers = dict[str, np.ndarray]
 
 
 class Runtime(Protocol):
-    """What every runtime offers. Attributes: ``card``; ``facts``, plain JSON on what runs."""
+    """What every runtime offers.
+
+    Attributes: ``card``; ``facts``, plain JSON on what runs; ``largest``, the largest batch that it
+    takes at once, or None where N is free.
+    """
 
     card: Card
     facts: dict[str, Any]
+    largest: int | None
 
     def __enter__(self) -> Self:
         """Load the artefact."""
@@ -53,14 +60,24 @@ class Runtime(Protocol):
 
 
 def open_runtime(
-    path: str | os.PathLike[str], *, provider: str = "cpu", threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    rounding: bool = False,
+    io: str | os.PathLike[str] | None = None,
+    profile: str = "",
 ) -> Runtime:
     """The runtime for a file, by its suffix.
 
     Args:
-        path: ``.onnx`` or ``.safetensors``.
+        path: ``.onnx``, ``.engine`` or ``.safetensors``.
         provider: where an ``.onnx`` must run: `PROVIDERS`. If it cannot, that is an error.
         threads: CPU threads; None: `teacher.cores.usable_cores`.
+        rounding: on the CPU, let half-precision graphs round at every node (`export.rounding`);
+            otherwise ONNX Runtime computes them in float32, which proves nothing about them.
+        io: description of a model that we did not make (`export.foreign`).
+        profile: prefix of the file into which ONNX Runtime writes every node's time.
 
     Raises:
         ArtefactError: not ours, damaged, or unsafe. EnvironmentFailure: the provider cannot run.
@@ -72,12 +89,24 @@ def open_runtime(
     if provider not in PROVIDERS:
         raise UsageError(f"provider={provider!r}: expected one of {list(PROVIDERS)}.")
     if not file.is_file():
-        raise ArtefactError(f"{file}: no such file; expected a .onnx or a student.safetensors.")
+        raise ArtefactError(f"{file}: no such file; expected .onnx, .engine or .safetensors.")
     if file.suffix == ".onnx":
-        return OnnxRuntime(file, provider=provider, threads=threads)
+        adapter = None if io is None else Adapter(read_description(os.fspath(io)))
+        return OnnxRuntime(
+            file,
+            provider=provider,
+            threads=threads,
+            rounding=rounding,
+            adapter=adapter,
+            profile=profile,
+        )
+    if file.suffix == ".engine":
+        from export.trt_runtime import TrtRuntime
+
+        return TrtRuntime(file)
     if file.suffix == ".safetensors":
         return TorchRuntime(file, threads=threads)
-    raise ArtefactError(f"{file}: expected a name that ends in .onnx or .safetensors.")
+    raise ArtefactError(f"{file}: expected a name that ends in .onnx, .engine or .safetensors.")
 
 
 def check_images(images: np.ndarray, focal_px: np.ndarray | None, card: Card) -> np.ndarray:
@@ -100,6 +129,8 @@ def check_images(images: np.ndarray, focal_px: np.ndarray | None, card: Card) ->
 
 class TorchRuntime:
     """The student itself, in torch on the CPU: the reference every other artefact is held to."""
+
+    largest: int | None = None
 
     def __init__(self, path: Path, *, threads: int) -> None:
         """Read the checkpoint; nothing is unpickled."""
@@ -135,32 +166,66 @@ class TorchRuntime:
         return {n: a.numpy() for n, a in zip(self.card.outputs, arrays, strict=True)}
 
 
+def _placement(session: Any) -> dict[str, list[str]]:
+    """Provider -> operators that really run there, as ONNX Runtime recorded it."""
+    placed: dict[str, list[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        placed.setdefault(part.ep_name, []).extend(n.op_type for n in part.get_nodes())
+    return placed
+
+
 class OnnxRuntime:
     """An exported graph in ONNX Runtime, on the provider that was asked for and no other."""
 
-    def __init__(self, path: Path, *, provider: str, threads: int) -> None:
-        """Check the file as untrusted data and read its card."""
-        from export.onnx_files import check_external_data, read_model
+    def __init__(
+        self,
+        path: Path,
+        *,
+        provider: str,
+        threads: int,
+        rounding: bool = False,
+        adapter: Adapter | None = None,
+        profile: str = "",
+    ) -> None:
+        """Check the file as untrusted data and read its card, or take a foreign one's."""
+        from export.onnx_files import check_external_data, check_sizes, read_model
+        from export.rounding import low_precision
 
         model = read_model(path)
-        self.path = path
-        self.card = card_from_metadata(
-            {p.key: p.value for p in model.metadata_props}, where=str(path)
-        )
+        self.path, self.adapter, self.profile = path, adapter, profile
+        if adapter is None:
+            metadata = {p.key: p.value for p in model.metadata_props}
+            self.card = card_from_metadata(metadata, where=str(path))
+        else:
+            self.card = adapter.about.card()
+            if adapter.about.sha256 and adapter.about.sha256 != hash_file(path):
+                raise ArtefactError(f"{path}: not the file that {adapter.about.path} describes.")
+        check_sizes(model, where=str(path))
         self.external = check_external_data(model, path)
         self._check_interface(model)
         self.provider, self.threads = PROVIDERS[provider], threads
+        self.largest = self.card.batch
+        half = low_precision(model) if rounding and provider == "cpu" else ""
+        self.rounded = half
         self.facts: dict[str, Any] = {}
 
     def _check_interface(self, model: Any) -> None:
         outputs = tuple(o.name for o in model.graph.output)
         stored = {i.name for i in model.graph.initializer}
         inputs = [i.name for i in model.graph.input if i.name not in stored]
-        wanted = ["image", "focal_px"][: 1 + self.card.focal_input]
-        if outputs != self.card.outputs or inputs != wanted:
+        if self.adapter is None:
+            wanted = ["image", "focal_px"][: 1 + self.card.focal_input]
+            promised, who = self.card.outputs, "its card promises"
+            fits = outputs == promised and inputs == wanted
+        else:
+            about = self.adapter.about
+            wanted = [n for n in (about.image["name"], about.focal_name) if n]
+            promised, who = tuple(self.adapter.names), f"{about.path} describes"
+            fits = set(promised) <= set(outputs) and set(inputs) == set(wanted)
+        if not fits:
             raise ArtefactError(
-                f"{self.path}: inputs {inputs} and outputs {list(outputs)}, its card promises "
-                f"{wanted} and {list(self.card.outputs)}. Export the student again."
+                f"{self.path}: inputs {inputs} and outputs {list(outputs)}, {who} "
+                f"{wanted} and {list(promised)}. Export the student again, or mend the description."
             )
 
     def __enter__(self) -> Self:
@@ -171,24 +236,48 @@ class OnnxRuntime:
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # its warnings go to the screen; failures raise anyway
-        source = str(self.path) if self.external else self.path.read_bytes()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if self.profile:
+            options.enable_profiling, options.profile_file_prefix = True, self.profile
         if self.provider not in ort.get_available_providers():
             self._wrong_provider(ort.get_available_providers())
         try:
+            source = self._source(options)
             self.session = ort.InferenceSession(source, options, providers=[self.provider])
+        except ArtefactError:
+            raise
         except Exception as error:  # ONNX Runtime's classes share no public base
             raise ArtefactError(f"{self.path}: ONNX Runtime refuses it: {error}") from error
         running = self.session.get_providers()
         if running[0] != self.provider:
             self._wrong_provider(running)
         self.session.disable_fallback()
+        placed = _placement(self.session)
+        strays = [op for name, ops in placed.items() if name != self.provider for op in ops]
+        if heavy := sorted(set(strays) & HEAVY):
+            self._wrong_provider([f"another provider for {', '.join(heavy)}"])
         self.facts = {
             "runtime": "onnxruntime",
             "version": ort.__version__,
             "providers": running,
             "threads": self.threads,
+            "nodes": {name: len(ops) for name, ops in placed.items()},
         }
+        if self.rounded:
+            self.facts["rounding"] = f"{self.rounded} after every node that the graph says"
         return self
+
+    def _source(self, options: Any) -> str | bytes:
+        """What the session loads: the file as it is, or the graph that rounds."""
+        if not self.rounded:
+            return str(self.path) if self.external else self.path.read_bytes()
+        import onnx
+        import onnxruntime as ort
+
+        from export.rounding import emulate
+
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return emulate(onnx.load(self.path)).SerializeToString()
 
     def _wrong_provider(self, found: list[str]) -> None:
         raise EnvironmentFailure(
@@ -198,6 +287,8 @@ class OnnxRuntime:
 
     def __exit__(self, *_: object) -> None:
         """End the session."""
+        if self.profile:
+            self.session.end_profiling()
         del self.session
 
     def __call__(self, images: np.ndarray, focal_px: np.ndarray | None = None) -> Answers:
@@ -220,14 +311,21 @@ class OnnxRuntime:
         if n < size:
             fill = [n - 1] * (size - n)
             images, focal = (np.concatenate([a, a[fill]]) for a in (images, focal))
-        feed = {"image": np.ascontiguousarray(images)}
-        if self.card.focal_input:
-            feed["focal_px"] = focal
+        if self.adapter is not None:
+            names, feed = self.adapter.names, self.adapter.feed(images, focal)
+        else:
+            names, feed = list(self.card.outputs), {"image": np.ascontiguousarray(images)}
+            if self.card.focal_input:
+                feed["focal_px"] = focal
         try:
-            arrays = self.session.run(list(self.card.outputs), feed)
+            arrays = self.session.run(names, feed)
         except Exception as error:  # ONNX Runtime's classes share no public base
             raise ArtefactError(f"{self.path}: fails when run: {error}") from error
-        answers = dict(zip(self.card.outputs, arrays, strict=True))
+        answers = (
+            dict(zip(names, arrays, strict=True))
+            if self.adapter is None
+            else self.adapter.answers(arrays)
+        )
         for name, array in answers.items():
             expected = expected_shape(name, self.card, len(images))
             if array.shape != expected:

@@ -7,36 +7,30 @@ and task metrics against the teacher and the truth, each within the budgets of `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from export import report as reporting
 from export.answers import RUN, run_artefact, save_inputs
-from export.artefact import plain
-from export.judge import Finding, Judge, Reference
+from export.artefact import ArtefactError
+from export.budgets import default_budgets
+from export.judge import Judge
+from export.onnx_files import read_model
 from export.onnx_graph import EXPORT_JSON, REFERENCE
-from export.parity import TASK_OF
+from export.readiness import verdicts
+from export.references import TEACHER, find_references
 from export.runtimes import open_runtime
+from export.trt_sidecar import record_acceptance
+from export.verdict import judge_all
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
 from teacher.store import LabelSet, hash_file
 
-ANSWERS, TEACHER, REPORT = "answers", "teacher", "report.json"
-
-
-def default_budgets() -> dict[str, Any]:
-    """The budgets of ``conf/task/*.yaml``, by task."""
-    import yaml
-
-    folder = files("conf") / "task"
-    return {
-        task: yaml.safe_load((folder / f"{task}.yaml").read_text())
-        for task in ("depth", "normals", "semantic")
-    }
+ANSWERS, REPORT = "answers", "report.json"
 
 
 def verify(
@@ -54,14 +48,16 @@ def verify(
     min_m: float = 0.3,
     max_m: float = 40.0,
     rerun: bool = True,
+    io: str | None = None,
+    reference: str | None = None,
     budgets: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Judge an export folder; ``exit`` is 1 if any artefact missed a budget.
+    """Judge an export folder, or any model; ``exit`` is 1 if any artefact missed a budget.
 
     Args:
-        export: folder with ``student.safetensors`` and ``*.onnx``.
+        export: folder with ``student.safetensors`` and ``*.onnx`` or ``*.engine``; or one model.
         labels: label set with the held-out images and the teacher's answers (or the truth's).
-        out: folder of the report and the answers; None: ``export``/verify.
+        out: folder of the report and the answers; None: ``export``/verify (of a file: beside it).
         teacher: further answers to the same images: a label set's path, or a teacher to be asked
             now ({"name": ...}, as in ``conf/teacher``).
         truth: label set with the truth of the same images.
@@ -72,63 +68,72 @@ def verify(
         threads: CPU threads; None: all cores of this process.
         min_m, max_m: depth range in which depth is judged.
         rerun: False judges the answers that are saved in ``out`` and runs nothing.
+        io: description of models that we did not make (`export.foreign`).
+        reference: what everything is held to: None is the folder's student; for a model that we
+            did not make it may be another model's file, or stay None (then nothing is).
         budgets: None: ``conf/task``.
     """
     source = Path(export)
-    if not (source / REFERENCE).is_file():
-        raise UsageError(
-            f"export={source}: found no {REFERENCE} there, expected the folder that `distill "
-            "export` wrote."
-        )
-    artefacts = sorted(source.glob("*.onnx"))
-    if not artefacts:
-        raise UsageError(f"export={source}: found no .onnx file; run `distill export` first.")
+    contest = find_contest(source, reference)
     if batch < 1 or (limit is not None and limit < 1):
         raise UsageError(f"batch={batch} limit={limit}: expected at least 1.")
     held_out = LabelSet(labels)
     held_out.verify()
-    folder = Path(out) if out is not None else source / "verify"
+    folder = Path(out) if out is not None else contest.folder / "verify"
     answers = folder / ANSWERS
     keys = spread(held_out.keys, limit)
     if not keys:
         raise UsageError(f"labels={labels}: no labelled image in it.")
     _open_folder(folder)
     answers.mkdir(exist_ok=True)
-    names = [REFERENCE, *(p.name for p in artefacts)]
     if rerun:
-        with open_runtime(source / REFERENCE, threads=threads) as runtime:
-            save_inputs(held_out, keys, runtime.card, answers)
-        for name in names:
+        first = next(iter(contest.paths.values()))
+        save_inputs(held_out, keys, open_runtime(first, threads=threads, io=io).card, answers)
+        logits = _want_logits(contest, io)
+        for name, path in contest.paths.items():
             run_artefact(
-                source / name,
+                path,
                 keys,
                 answers,
                 batch=batch,
                 provider=provider,
                 threads=threads,
-                question=name != REFERENCE,
+                question=name != contest.reference,
+                logits=logits,
+                io=io if path.suffix != ".safetensors" else None,
             )
-    runs = {name: read_run(answers / name, source / name, keys) for name in names}
-    student = runs[REFERENCE]
-    if "error" in student:
+    runs = {n: read_run(answers / n, path, keys) for n, path in contest.paths.items()}
+    if contest.reference and "error" in (student := runs[contest.reference]):
         raise UsageError(f"the student itself does not run: {student['error']}")
-    references = find_references(held_out, keys, teacher=teacher, truth=truth, folder=folder)
+    ran = [r for r in runs.values() if "outputs" in r]
     judge = Judge(
         folder=answers,
         keys=keys,
-        references=references,
-        tasks=choose_tasks(tasks, student["outputs"]),
+        references=find_references(held_out, keys, teacher=teacher, truth=truth, folder=folder),
+        tasks=choose_tasks(tasks, ran[0]["outputs"] if ran else held_out.tasks),
         budgets=default_budgets() if budgets is None else budgets,
         min_m=min_m,
         max_m=max_m,
     )
-    result = judge_all(judge, runs, expected=promised_hashes(source))
+    expected = None if io is not None else promised_hashes(contest.folder)
+    result = judge_all(judge, runs, expected=expected, reference=contest.reference)
     result["export"], result["labels"] = str(source), str(labels)
-    result["missing"] = {ref.name: len(ref.missing) for ref in references if ref.missing}
+    result["missing"] = {r.name: len(r.missing) for r in judge.references if r.missing}
     result["report"] = str(folder / "report.html")
+    result["tensorrt"] = {
+        n: verdicts(read_model(p))
+        for n, p in contest.paths.items()
+        if p.suffix == ".onnx"
+        if "error" not in runs[n]
+    }
     replace_atomically(folder / REPORT, json.dumps(result, indent=1).encode() + b"\n")
     replace_atomically(folder / "report.md", reporting.markdown(result).encode())
     replace_atomically(folder / "report.html", reporting.html(result, judge).encode())
+    for name, path in contest.paths.items():
+        if path.suffix == ".engine" and "error" not in runs[name]:
+            refused = [f["text"] for f in result["findings"] if f["artefact"] == name]
+            told = {"accepted": not refused, "images": len(keys), "findings": refused[:5]}
+            record_acceptance(path, told | {"report": str(folder / REPORT)})
     return {
         "summary": result["summary"],
         "exit": result["exit"],
@@ -136,6 +141,49 @@ def verify(
         "findings": result["findings"],
         "scores": {n: _headline(s) for n, s in result["scores"].items()},
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contest:
+    """Who is judged: name -> file, the reference first; ``reference`` is "" if there is none."""
+
+    folder: Path
+    paths: dict[str, Path]
+    reference: str
+
+
+def find_contest(source: Path, reference: str | None) -> Contest:
+    """The files of an export folder, or a single model, and what they are held to."""
+    if source.is_file():
+        paths = {} if reference is None else {Path(reference).name: Path(reference)}
+        if source.name in paths:
+            raise UsageError(f"reference={reference}: has the name of export={source}; rename it.")
+        first = next(iter(paths), "")
+        return Contest(folder=source.parent, paths=paths | {source.name: source}, reference=first)
+    if reference is not None:
+        raise UsageError(
+            f"reference={reference}: only for a single model; an export folder has {REFERENCE}."
+        )
+    if not (source / REFERENCE).is_file():
+        raise UsageError(
+            f"export={source}: found no {REFERENCE} there, expected the folder that `distill "
+            "export` wrote, or a model's file."
+        )
+    artefacts = sorted([*source.glob("*.onnx"), *source.glob("*.engine")])
+    if not artefacts:
+        raise UsageError(f"export={source}: found no .onnx file; run `distill export` first.")
+    paths = {REFERENCE: source / REFERENCE} | {p.name: p for p in artefacts}
+    return Contest(folder=source, paths=paths, reference=REFERENCE)
+
+
+def _want_logits(contest: Contest, io: str | None) -> bool:
+    """Whether any artefact delivers the classes' logits, so that they must be compared."""
+    for path in contest.paths.values():
+        if path.suffix == ".onnx" and io is None:
+            with contextlib.suppress(ArtefactError):
+                if "semantic_logits" in open_runtime(path).card.outputs:
+                    return True
+    return False
 
 
 def _open_folder(folder: Path) -> None:
@@ -162,8 +210,9 @@ def spread(keys: Sequence[str], limit: int | None) -> list[str]:
 def choose_tasks(tasks: Sequence[str] | None, outputs: Sequence[str]) -> list[str]:
     """The tasks to judge, all of the student's if none are named."""
     own = [t for t in ("depth", "normals", "semantic") if t in outputs]
+    own += ["instances"] if "center" in outputs else []
     strange = sorted(set(tasks or ()) - set(own))
-    if strange:
+    if strange or not own:
         raise UsageError(f"tasks={list(tasks or ())}: the student answers {own}, not {strange}.")
     return own if tasks is None else [t for t in own if t in tasks]
 
@@ -183,7 +232,7 @@ def read_run(folder: Path, artefact: Path, keys: Sequence[str]) -> dict[str, Any
 
 
 def promised_hashes(source: Path) -> dict[str, str]:
-    """File name -> sha256 as `distill export` recorded them."""
+    """File name -> sha256 as `distill export` recorded them; nothing is promised without it."""
     path = source / EXPORT_JSON
     if not path.is_file():
         return {}
@@ -193,140 +242,6 @@ def promised_hashes(source: Path) -> dict[str, str]:
         return listed | {REFERENCE: told["reference"]["sha256"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not what `distill export` writes ({error}).") from error
-
-
-def find_references(
-    held_out: LabelSet,
-    keys: Sequence[str],
-    *,
-    teacher: str | dict[str, Any] | None,
-    truth: str | None,
-    folder: Path,
-) -> list[Reference]:
-    """Whose answers everything is scored against: teacher, truth, or both."""
-    asked = held_out.meta.get("teacher", {}).get("name")
-    own = "truth" if asked in ("truth", "folder") else "teacher"
-    given = {"teacher": teacher, "truth": truth}
-    if given[own] is not None:
-        if own == "truth" and truth == str(held_out.path):
-            given["truth"] = None
-        else:
-            raise UsageError(
-                f"labels={held_out.path}: already holds the {own}'s answers, and {own}= names "
-                "others; give only one of them."
-            )
-    references = [Reference(own, held_out, keys)]
-    if isinstance(teacher, str):
-        references.append(Reference("teacher", LabelSet(teacher), keys))
-    elif teacher is not None:
-        references.append(Reference("teacher", ask(teacher, held_out, keys, folder), keys))
-    if given["truth"] is not None:
-        references.append(Reference("truth", LabelSet(str(truth)), keys))
-    for reference in references[1:]:  # the first one, held_out, is verified
-        reference.labels.verify()
-    return sorted(references, key=lambda ref: ref.name)
-
-
-def ask(teacher: dict[str, Any], held_out: LabelSet, keys: Sequence[str], folder: Path) -> LabelSet:
-    """Let a live teacher label the held-out images, as a label set beside the report."""
-    from teacher.jobs.run import label
-
-    label(
-        teacher=teacher,
-        images=str(held_out.path),
-        out=str(folder / TEACHER),
-        tasks=[str(t) for t in held_out.tasks],
-        max_side=None,
-        shard_size=64,
-        batch_size=4,
-        keep_pictures=False,
-        threads=2,
-    )
-    return LabelSet(folder / TEACHER)
-
-
-def judge_all(
-    judge: Judge, runs: Mapping[str, dict[str, Any]], *, expected: Mapping[str, str]
-) -> dict[str, Any]:
-    """Every artefact against the student, the references and the budgets."""
-    student = runs[REFERENCE]
-    scores = {REFERENCE: judge.scores(REFERENCE)}
-    if told := judge.teacher_scores():
-        scores["teacher"] = told
-    findings: list[Finding] = integrity(runs, expected)
-    table: dict[str, Any] = {}
-    for name, run in runs.items():
-        if name == REFERENCE:
-            continue
-        if "error" in run:
-            continue
-        wanted = [o for o in student["outputs"] if TASK_OF[o] in judge.tasks]
-        shared = [o for o in wanted if o in run["outputs"]]
-        findings += [
-            Finding(
-                artefact=name,
-                task=TASK_OF[o],
-                measure=f"output {o}",
-                found="missing",
-                budget="present",
-            )
-            for o in wanted
-            if o not in shared
-        ]
-        parity = judge.parity(name, REFERENCE, shared)
-        findings += judge.parity_findings(run, parity)
-        if all(task in run["outputs"] for task in judge.tasks):
-            scores[name] = judge.scores(name)
-            losses, missed = judge.loss_findings(run, scores[name], scores[REFERENCE])
-            findings += missed
-        else:
-            losses = {}
-        table[name] = {"parity": parity, "loss": losses, "consistency": run["consistency"]}
-    bad = sorted({f.artefact for f in findings})
-    judged = [n for n in runs if n != REFERENCE]
-    if findings:
-        first = "; ".join(str(f) for f in findings[:3])
-        more = f" (and {len(findings) - 3} more)" if len(findings) > 3 else ""
-        summary = f"REFUSED {len(bad)} of {len(judged)} artefacts on {len(judge.keys)} images: "
-        summary += first + more
-    else:
-        summary = (
-            f"{len(judged)} artefact(s) within every budget on {len(judge.keys)} images: "
-            + ", ".join(judged)
-        )
-    return plain(
-        {
-            "summary": summary,
-            "exit": 1 if findings else 0,
-            "findings": [dataclasses.asdict(f) | {"text": str(f)} for f in findings],
-            "artefacts": table,
-            "scores": scores,
-            "runs": {n: {k: v for k, v in r.items() if k != "keys"} for n, r in runs.items()},
-            "protocol": judge.bounds | {"tasks": list(judge.tasks), "images": len(judge.keys)},
-            "budgets": judge.budgets,
-            "keys": list(judge.keys),
-        }
-    )
-
-
-def integrity(runs: Mapping[str, dict[str, Any]], expected: Mapping[str, str]) -> list[Finding]:
-    """Files that do not run, were changed after the export, or belong to another student."""
-    findings = []
-
-    def refuse(name: str, measure: str, found: str, budget: str) -> None:
-        findings.append(
-            Finding(artefact=name, task="every task", measure=measure, found=found, budget=budget)
-        )
-
-    student = runs[REFERENCE]["sha256"]
-    for name, run in runs.items():
-        if "error" in run:
-            refuse(name, "runs", run["error"], "yes")
-        if expected.get(name, run["sha256"]) != run["sha256"]:
-            refuse(name, "sha256", run["sha256"], expected[name])
-        if name != REFERENCE and run.get("student_sha256", student) != student:
-            refuse(name, "sha256 of its student", run["student_sha256"], student)
-    return findings
 
 
 def _headline(scores: Mapping[str, Any]) -> dict[str, Any]:

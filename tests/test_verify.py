@@ -10,10 +10,12 @@ import pytest
 from export_cases import make_labels, make_student
 from onnx import helper, numpy_helper
 
+from export.budgets import default_budgets
 from export.onnx_graph import export_student
-from export.verify import default_budgets, spread, verify
+from export.verify import spread, verify
 from teacher.errors import UsageError
 from teacher.label import Task
+from teacher.store import hash_file
 
 TASKS = ("depth", "normals", "semantic")
 
@@ -99,6 +101,14 @@ def after(model, name, node_type, *extra):
     model.graph.node.append(helper.make_node(node_type, [f"{name}_0", *extra], [name]))
 
 
+def store(model, folder):
+    """Write a changed graph and vouch for it, as its maker would: only judging may refuse it."""
+    onnx.save(model, folder / "student.onnx")
+    promise = json.loads((folder / "export.json").read_text())
+    promise["artefacts"]["student.onnx"]["sha256"] = hash_file(folder / "student.onnx")
+    (folder / "export.json").write_text(json.dumps(promise))
+
+
 def constant(model, name, values):
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
     return name
@@ -170,10 +180,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_planted_faults_are_refused_by_task_and_measure(work, tmp_path, fault):
     copy = tmp_path / "export"
-    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify", "export.json"))
+    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify"))
     model = onnx.load(copy / "student.onnx")
     fault(model)
-    onnx.save(model, copy / "student.onnx")
+    store(model, copy)
     result = verify(export=str(copy), labels=str(work / "truth"), batch=3)
     assert result["exit"] == 1 and result["summary"].startswith("REFUSED 1 of 1 artefacts")
     texts = "\n".join(f["text"] for f in result["findings"])
@@ -185,10 +195,10 @@ def test_planted_faults_are_refused_by_task_and_measure(work, tmp_path, fault):
 def test_task_metrics_alone_also_catch_it(work, tmp_path):
     """With parity budgets out of the way, a teacher-agreeing student that got worse is refused."""
     copy = tmp_path / "export"
-    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify", "export.json"))
+    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify"))
     model = onnx.load(copy / "student.onnx")
     after(model, "normals", "Mul", constant(model, "k", np.float32(-1)))
-    onnx.save(model, copy / "student.onnx")
+    store(model, copy)
     budgets = default_budgets()
     for task in budgets.values():
         for measures in task["fp32"]["parity"].values():

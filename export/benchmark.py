@@ -1,0 +1,306 @@
+"""`distill bench`: how long, how much, how large, side by side and under stated conditions.
+
+Artefacts take turns within every round, in an order shuffled anew, so that whatever else the
+machine does hits all of them. First call and peak memory are taken in a process of their own.
+Numbers of two runs are compared only if their conditions are the same (`conditions`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from export.artefact import ArtefactError, plain
+from export.bench_probe import operators, picture, probe
+from export.bench_report import draw, markdown
+from export.runtimes import Runtime, open_runtime
+from teacher.cores import usable_cores
+from teacher.errors import UsageError
+from teacher.jobs.commit import replace_atomically
+from teacher.store import hash_file
+
+FORMAT, REPORT = "dense-distill/bench", "bench.json"
+WARM = 3  # rounds that are not counted
+PERCENTILES = (50, 90, 99)
+OWN = {REPORT, "bench.md", "bench.png"}
+
+
+def bench(
+    *,
+    export: str,
+    out: str | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+    batches: Sequence[int] = (1, 4),
+    rounds: int = 50,
+    against: str | None = None,
+) -> dict[str, Any]:
+    """Measure every artefact of a folder; writes ``bench.json``, ``bench.md``, ``bench.png``.
+
+    Args:
+        export: folder that `distill export` wrote, or one model of ours.
+        out: folder of the report; None: ``export``/bench.
+        provider: where ``.onnx`` must run: cpu, cuda, tensorrt.
+        threads: CPU threads; None: all cores of this process.
+        batches: images per call, each measured.
+        rounds: calls of each artefact per batch size; p99 of fewer than 100 is its maximum.
+        against: an earlier ``bench.json``; refused if it was made under other conditions.
+    """
+    paths = _find(Path(export))
+    threads = usable_cores() if threads is None else threads
+    if rounds < 1 or not batches or min(batches) < 1:
+        raise UsageError(f"rounds={rounds} batches={list(batches)}: expected at least 1.")
+    earlier = _read_earlier(against) if against is not None else None
+    folder = Path(out) if out is not None else _folder_of(Path(export)) / "bench"
+    with ExitStack() as stack:
+        runtimes: dict[str, Runtime] = {}
+        failed: dict[str, str] = {}
+        for name, path in paths.items():
+            try:
+                runtime = open_runtime(path, provider=provider, threads=threads)
+                runtimes[name] = stack.enter_context(runtime)
+            except ArtefactError as error:
+                failed[name] = str(error)
+        if not runtimes:
+            raise UsageError(f"export={export}: nothing there runs: {failed}")
+        size = _one_size(runtimes)
+        where = conditions(provider=provider, threads=threads, rounds=rounds, size=size)
+        if earlier is not None:
+            same_conditions(earlier["conditions"], where, str(against))
+        times = {str(n): measure(runtimes, size, n, rounds=rounds) for n in batches}
+        facts = {name: r.facts for name, r in runtimes.items()}
+    table = {
+        name: {
+            "precision": r.card.precision,
+            "bytes": _bytes(paths[name]),
+            "sha256": hash_file(paths[name]),
+            "runtime": facts[name],
+            "batches": {n: told[name] for n, told in times.items() if name in told},
+            **probe(paths[name], provider=provider, threads=threads),
+            "operators": operators(paths[name], size, provider=provider, threads=threads),
+        }
+        for name, r in runtimes.items()
+    }
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "version": 1,
+        "summary": summary(table, str(min(batches))),
+        "conditions": where,
+        "load": {"start": os.getloadavg()[0]},
+        "artefacts": table,
+        "failed": failed,
+        "accuracy": accuracy(_folder_of(Path(export))),
+    }
+    if earlier is not None:
+        result["against"] = ratios(earlier, table)
+    _open_folder(folder)
+    replace_atomically(folder / REPORT, json.dumps(plain(result), indent=1).encode() + b"\n")
+    replace_atomically(folder / "bench.md", markdown(result).encode())
+    replace_atomically(folder / "bench.png", draw(result))
+    return {"summary": result["summary"], "report": str(folder / "bench.md"), "artefacts": table}
+
+
+def _find(source: Path) -> dict[str, Path]:
+    if source.is_file():
+        return {source.name: source}
+    found = [
+        p for p in sorted(source.glob("*")) if p.suffix in (".onnx", ".engine", ".safetensors")
+    ]
+    if not found:
+        raise UsageError(f"export={source}: found no model there, expected `distill export`'s out.")
+    return {p.name: p for p in found}
+
+
+def _folder_of(source: Path) -> Path:
+    return source.parent if source.is_file() else source
+
+
+def _open_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in OWN and p.name[0] != ".")
+    if strangers:
+        raise UsageError(
+            f"out={folder}: found {', '.join(strangers[:3])}, expected a new or empty folder or an "
+            "earlier bench. Choose another out=."
+        )
+
+
+def _one_size(runtimes: Mapping[str, Runtime]) -> tuple[int, int]:
+    sizes = {(r.card.height, r.card.width) for r in runtimes.values()}
+    if len(sizes) > 1:
+        raise UsageError(f"artefacts of several image sizes {sorted(sizes)}: bench them apart.")
+    return sizes.pop()
+
+
+def _bytes(path: Path) -> int:
+    """The file and, for a graph with external tensors, those beside it."""
+    beside = path.with_name(path.name + ".data")
+    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+
+
+def measure(
+    runtimes: Mapping[str, Runtime], size: tuple[int, int], batch: int, *, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Per artefact: p50, p90, p99 [ms] of a call with ``batch`` images, and images per second."""
+    images = picture(size, batch)
+    names = [n for n, r in runtimes.items() if r.largest is None or batch <= r.largest]
+    order, seconds = random.Random(batch), {name: [] for name in names}  # type: ignore[var-annotated]
+    for i in tqdm(range(WARM + rounds), desc=f"batch {batch}", unit="round", disable=None):
+        for name in order.sample(names, len(names)):
+            begun = time.perf_counter()
+            runtimes[name](images)
+            if i >= WARM:
+                seconds[name].append(time.perf_counter() - begun)
+    return {
+        name: {
+            **{f"p{p}_ms": float(np.percentile(took, p) * 1e3) for p in PERCENTILES},
+            "best_ms": min(took) * 1e3,
+            "images_per_s": batch / float(np.median(took)),
+        }
+        for name, took in seconds.items()
+    }
+
+
+def race(
+    paths: Mapping[str, Path],
+    feed: Mapping[str, np.ndarray],
+    *,
+    threads: int,
+    rounds: int = 30,
+) -> dict[str, float]:
+    """Interleaved medians [ms] of plain ONNX Runtime sessions on the CPU."""
+    import onnxruntime as ort
+
+    sessions = {}
+    for name, path in paths.items():
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 4
+        sessions[name] = ort.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    order = random.Random(0)
+    for i in range(WARM + rounds):
+        for name in order.sample(list(sessions), len(sessions)):
+            begun = time.perf_counter()
+            sessions[name].run(None, dict(feed))
+            if i >= WARM:
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: float(np.median(took)) * 1e3 for name, took in seconds.items()}
+
+
+def conditions(
+    *, provider: str, threads: int, rounds: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    """What two runs must share for their numbers to be compared."""
+    import onnxruntime as ort
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    return {
+        "cpu": cpu,
+        "cores": usable_cores(),
+        "gpu": _gpu() if provider != "cpu" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+        "provider": provider,
+        "threads": threads,
+        "rounds": rounds,
+        "size": list(size),
+    }
+
+
+def _gpu() -> str:
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def same_conditions(earlier: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """`UsageError` naming what differs; numbers of other conditions are never set side by side."""
+    differ = [k for k in dict.fromkeys([*earlier, *now]) if earlier.get(k) != now.get(k)]
+    if differ:
+        told = "; ".join(f"{k}: {earlier.get(k)!r} then, {now.get(k)!r} now" for k in differ)
+        raise UsageError(
+            f"against={where}: made under other conditions ({told}). Such numbers are not "
+            "compared; measure both on one machine with the same settings."
+        )
+
+
+def _read_earlier(path: str) -> dict[str, Any]:
+    try:
+        table = json.loads(Path(path).read_bytes())
+        if table["format"] != FORMAT:
+            raise ValueError(f"format {table['format']!r}")
+        return table
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"against={path}: no bench.json of `distill bench` ({error}).") from error
+
+
+def ratios(earlier: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> batch -> p50 now as a multiple of p50 then, where both were measured."""
+    found: dict[str, Any] = {}
+    for name, row in table.items():
+        before = earlier["artefacts"].get(name, {}).get("batches", {})
+        for n, told in row["batches"].items():
+            if n in before:
+                found.setdefault(name, {})[n] = told["p50_ms"] / before[n]["p50_ms"]
+    return found
+
+
+def summary(table: Mapping[str, Any], batch: str) -> str:
+    """One line: every artefact's median."""
+    parts = [f"{n} {r['batches'][batch]['p50_ms']:.1f} ms" for n, r in table.items()
+             if batch in r["batches"]]  # fmt: skip
+    return f"p50 at batch {batch}: " + ", ".join(parts)
+
+
+def accuracy(folder: Path) -> dict[str, Any]:
+    """Name -> headline numbers, if `distill verify` has judged this very folder."""
+    path = folder / "verify" / "report.json"
+    if not path.is_file():
+        return {}
+    report = json.loads(path.read_bytes())
+    found: dict[str, Any] = {}
+    for name, by_reference in report["scores"].items():
+        run = report["runs"].get(name, {})
+        file = folder / name
+        if not file.is_file() or run.get("sha256") != hash_file(file):
+            continue  # another file's verdict
+        for reference in sorted(by_reference, key=lambda r: r != "truth")[:1]:
+            told = by_reference[reference]
+            found[name] = {"against": reference} | {
+                f"{block}.{number}": told[part][block][number]
+                for part, block, number in (
+                    ("mean", "depth", "delta1"),
+                    ("mean", "normals", "mean_deg"),
+                    ("set", "semantic", "miou"),
+                )
+                if block in told[part]
+            }
+    return found
