@@ -148,7 +148,8 @@ def test_description_pins_the_answers(weights):
     about = teacher.describe()
     assert len(about["weights_sha256"]) == 64
     assert about["prompts"]["depth"] == prompts.depth()
-    assert about["askings"] == [{"seed": 0, "mirror": False}, {"seed": 1, "mirror": False}]
+    whole = {"mirror": False, "window": (0.0, 0.0, 1.0, 1.0)}
+    assert about["askings"] == [{"seed": 0, **whole}, {"seed": 1, **whole}]
     assert tuple(teacher.tasks) == tuple(Task)
 
 
@@ -163,3 +164,13 @@ def test_bad_use_is_refused(weights):
         MiniTeacher(weights=weights, steps=0)
     with pytest.raises(UsageError, match=r"none.safetensors .*not found"):
         MiniTeacher(weights="none.safetensors")
+
+
+def test_crops_are_asked_as_windows_and_voted_where_they_see(weights):
+    """One whole asking and two corner windows: three members, every pixel of the image answered."""
+    teacher = MiniTeacher(weights=weights, crops=2)
+    windows = [a["window"] for a in teacher.describe()["askings"]]
+    assert windows == [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.8, 0.8), (0.2, 0.2, 1.0, 1.0)]
+    label = room(5, height=H, width=W)
+    answer = teacher.answer([query_of(label)], [Task.SEMANTIC])[0][Task.SEMANTIC]
+    assert answer.extras["members"] == 3 and answer.values.shape == (H, W)

@@ -6,6 +6,7 @@ codecs decode the pictures, several seeds (and the mirror image) give a spread.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -47,13 +48,17 @@ class MiniTeacher:
         steps: int = 1,
         seeds: int = 1,
         mirror: bool = False,
+        crops: int = 0,
         device: str = "cpu",
     ) -> None:
-        """Load the weights; ``seeds`` and ``mirror`` say how many answers make one."""
+        """Load the weights; ``seeds``, ``mirror``, ``crops`` say how many answers make one."""
         if steps < 1:
             raise UsageError(f"mini teacher: steps={steps}, expected at least 1")
         self.generator = MiniGenerator.from_pretrained(weights or WEIGHTS, device=device)
-        self.steps, self.variants = steps, consensus.variants(seeds=seeds, mirror=mirror)
+        self.steps, self.variants = (
+            steps,
+            consensus.variants(seeds=seeds, mirror=mirror, crops=crops),
+        )
         card = self.generator.card
         self.classes = {int(k): str(v) for k, v in card["classes"].items()}
         self.things = [str(n) for n in card["things"]]
@@ -84,7 +89,7 @@ class MiniTeacher:
             "prompts": {str(t): self.prompt(t, name="{name}") for t in TASKS},
             "prompts_version": prompts.VERSION,
             "steps": self.steps,
-            "askings": [{"seed": v.seed, "mirror": v.mirror} for v in self.variants],
+            "askings": [dataclasses.asdict(v) for v in self.variants],
             "codecs": {
                 "depth": self.depth_codec.to_json(),
                 "normals": self.normal_codec.to_json(),

@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--mirror", action="store_true")
+    parser.add_argument("--crops", type=int, default=0)
     parser.add_argument("--readings", type=int, default=0, help="scenes to frame, 32 seeds each")
     parser.add_argument("--base", help="weights from before instruction tuning")
     parser.add_argument("--sweep", action="store_true")
@@ -239,7 +240,11 @@ def main() -> None:
     keys = label_set.keys[: given.limit or None]
     labels = [label_set[k] for k in keys]
     teacher = MiniTeacher(
-        weights=given.weights, steps=given.steps, seeds=given.seeds, mirror=given.mirror
+        weights=given.weights,
+        steps=given.steps,
+        seeds=given.seeds,
+        mirror=given.mirror,
+        crops=given.crops,
     )
     teacher.answer([query_of(labels[0])], list(Task))  # compiled kernels, first allocations
     began, answers = time.perf_counter(), []
@@ -252,7 +257,8 @@ def main() -> None:
 
     report = {
         "labels": given.labels, "images": len(labels), "steps": given.steps, "seeds": given.seeds,
-        "mirror": given.mirror, "threads": given.threads, "weights": teacher.generator.sha256,
+        "mirror": given.mirror, "crops": given.crops, "threads": given.threads,
+        "weights": teacher.generator.sha256,
         "steps_trained": teacher.generator.card.get("steps_trained"),
         "seconds_per_image_four_tasks": seconds,
         "depth": judge_depth(rows(Task.DEPTH)),
