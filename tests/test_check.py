@@ -21,9 +21,10 @@ from teacher.jobs.check import (
     semantic_drift,
 )
 from teacher.jobs.run import label
-from teacher.jobs.salvage import check_png, problems_of
 from teacher.label import Answer, Task
-from teacher.store import DamagedLabelSetError, LabelSet, encode_members, read_seal
+from teacher.shard_writer import check_png
+from teacher.shards import encode_members, read_seal
+from teacher.store import DamagedLabelSetError, LabelSet, problems_of
 
 BUDGETS = {"depth": {"rel_mean": 0.01}, "normals": {"mean_deg": 1.0}, "semantic": {"flips": 0.01}}
 

@@ -17,10 +17,10 @@ from PIL import Image
 
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators import Query, load_teacher
-from teacher.jobs.commit import Lease, this_host
-from teacher.jobs.engines import answer_split, patiently, prepare
+from teacher.jobs.commit import Lease, patiently, this_host
 from teacher.jobs.plan import Entry
 from teacher.jobs.run import label
+from teacher.jobs.samples import answer_split, prepare
 from teacher.jobs.sources import open_source
 from teacher.label import Answer, Camera, Space, Task
 from teacher.store import LabelSet, read_rows
@@ -358,7 +358,7 @@ def test_a_batch_too_large_for_the_device_is_halved_with_the_same_answers(tmp_pa
 
 def test_transient_errors_are_retried_and_permanent_ones_are_not(monkeypatch):
     waits = []
-    monkeypatch.setattr("teacher.jobs.engines.time.sleep", waits.append)
+    monkeypatch.setattr("teacher.jobs.commit.time.sleep", waits.append)
     errors = [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "Stale file handle")]
 
     def flaky():
@@ -413,15 +413,15 @@ def test_a_lease_is_free_when_dropped_expired_or_orphaned(tmp_path, monkeypatch)
 def test_what_a_large_job_costs_is_said_before_it_starts(tmp_path, capsys, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(52):
+    for i in range(102):
         Image.fromarray(np.full((16, 16, 3), 50 + i, np.uint8)).save(photos / f"{i:02d}.png")
     result = run(photos, tmp_path / "set", batch_size=1, shard_size=26)
     said = capsys.readouterr()
-    assert "52 images in 2 shards to label" in said.out + said.err
+    assert "102 images in 4 shards to label" in said.out + said.err
     assert "teacher hours" in said.out + said.err
     assert "a million images would cost" in result["summary"]
     size = sum(p.stat().st_size for p in (tmp_path / "set").glob("*.tar"))
-    assert result["gb_per_million"] == pytest.approx(size / 52 * 1e6 / 1e9, abs=0.01)
+    assert result["gb_per_million"] == pytest.approx(size / 102 * 1e6 / 1e9, abs=0.01)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("teacher.jobs.run.shutil.disk_usage", lambda _: usage)
     with pytest.raises(EnvironmentFailure, match="the labels will need about"):

@@ -15,7 +15,8 @@ from teacher.errors import UsageError
 from teacher.label import Task
 from teacher.report import inspect, numeric_columns, worst_first
 from teacher.report_planes import WIDE_LEVELS, nearest, planes, scalar, small_size
-from teacher.store import LabelSet, ShardWriter
+from teacher.shard_writer import ShardWriter
+from teacher.store import LabelSet
 
 
 def values_of(path):

@@ -11,7 +11,8 @@ from conftest import CLASSES, make_label
 from teacher.jobs.selection import apply_selections
 from teacher.label import Task
 from teacher.report import PART, inspect, script
-from teacher.store import LabelSet, ShardWriter
+from teacher.shard_writer import ShardWriter
+from teacher.store import LabelSet
 
 N = 40
 HOSTILE = "photos/</script><img src=x onerror=\"document.title='owned'\">.jpg"

@@ -9,9 +9,10 @@ from PIL import Image
 
 from teacher.errors import UsageError
 from teacher.images import ImageError, decode, encode_png
-from teacher.jobs.containers import TableSource, TarSource, VideoSource
+from teacher.jobs.containers import TableSource, TarSource
 from teacher.jobs.plan import HashCache, content_keys
 from teacher.jobs.sources import open_source
+from teacher.jobs.videos import VideoSource
 from teacher.store import content_key
 
 RNG = np.random.default_rng(5)

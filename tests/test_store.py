@@ -16,7 +16,8 @@ from teacher.codecs.planes import RANGES, decode_plane, encode_plane
 from teacher.errors import UsageError
 from teacher.jobs.commit import create_exclusive, publish, temporary_beside
 from teacher.label import LabelError, Task, validate
-from teacher.store import DamagedLabelSetError, LabelSet, ShardWriter, read_rows, write_index
+from teacher.shard_writer import ShardWriter
+from teacher.store import DamagedLabelSetError, LabelSet, read_rows, write_index
 
 
 def test_depth_plane_keeps_the_promised_precision_over_the_whole_range():
@@ -174,6 +175,7 @@ def test_publish_never_overwrites(tmp_path):
     late = temporary_beside(final)
     late.write_bytes(b"late")
     assert publish(late, final) is False
+    late.unlink()
     assert final.read_bytes() == b"first"
     assert create_exclusive(final, b"other") is False
     assert [p.name for p in tmp_path.iterdir()] == ["shard.tar"]
@@ -237,7 +239,7 @@ def test_index_has_one_row_per_input_and_is_rebuilt_from_the_seals(tmp_path, bal
     copy = tmp_path / "copy"
     shutil.copytree(balls, copy)
     (copy / "index.parquet").unlink()
-    assert write_index(copy) == 10
+    assert write_index(copy) == {"labelled": 10, "rejected": 0, "duplicate_of": 0}
     rebuilt, original = (
         pq.read_table(copy / "index.parquet"),
         pq.read_table(balls / "index.parquet"),

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from teacher.anchors import Anchor, check_anchor, load_anchor
 from teacher.codecs.planes import decode_plane, encode_plane
 from teacher.errors import UsageError
 from teacher.generators import Query, Teacher, load_teacher
 from teacher.jobs.commit import replace_atomically
-from teacher.jobs.engines import Prepared, answer_split, to_label
 from teacher.jobs.plan import Entry
-from teacher.jobs.salvage import problems_of, salvage_into
+from teacher.jobs.salvage import salvage_into
+from teacher.jobs.samples import Prepared, answer_split, to_label
 from teacher.label import Label, LabelError, Task, unknown_class
-from teacher.store import DamagedLabelSetError, LabelSet
+from teacher.store import DamagedLabelSetError, LabelSet, problems_of
 
 RESULT = "check.json"
 
@@ -102,7 +103,12 @@ DRIFT = {
 
 
 def ask_again(
-    teacher: Teacher, labels: LabelSet, keys: Sequence[str], tasks: Sequence[Task]
+    teacher: Teacher,
+    labels: LabelSet,
+    keys: Sequence[str],
+    tasks: Sequence[Task],
+    *,
+    anchor: Anchor | None = None,
 ) -> list[tuple[Label, Label | str]]:
     """Per key the stored label and the teacher's new one, or the reason why there is none.
 
@@ -115,8 +121,11 @@ def ask_again(
         query = Query(key=key, image=stored.image, camera=stored.camera, uri=uris[key])
         item = Prepared(entry=Entry(uri=uris[key], key=key), query=query, encoded=stored.encoded)
         (answers,) = answer_split(teacher, [query], tasks)
+        scale = None
+        if anchor is not None and Task.DEPTH in tasks:
+            (scale,) = anchor.ask([query], answer_split)
         try:
-            new = to_label(item, answers, tasks)
+            new = to_label(item, answers, tasks, anchor=anchor, scale=scale)
         except LabelError as error:
             pairs.append((stored, str(error)))
             continue
@@ -199,6 +208,8 @@ def check(
     budgets: dict[str, dict[str, float]] | None = None,
     salvage: str | None = None,
     out: str | None = None,
+    anchor: dict[str, Any] | None = None,
+    align: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Verify a label set's seals; ask the teacher again and judge the drift; salvage what is whole.
 
@@ -211,6 +222,8 @@ def check(
         budgets: task -> measure -> limit (`depth_drift` and the like); means over images.
         salvage: a new folder for what is whole of a damaged set.
         out: the JSON report; None: ``LABELS/check.json``.
+        anchor: what makes an affine teacher metric, as in the label job (`teacher.anchors`).
+        align: ``method`` and ``max_residual``, as in the label job.
 
     Returns:
         ``summary``, ``exit`` (1: damaged, incomplete, or a budget missed), ``problems``,
@@ -231,7 +244,13 @@ def check(
         result["salvaged"] = salvage_into(folder, salvage, problems)
     if teacher is not None and not problems:
         result |= _rerun(
-            LabelSet(folder), teacher, n=n, seed=seed, tasks=tasks, budgets=budgets or {}
+            LabelSet(folder),
+            teacher,
+            load_anchor(anchor, align),
+            n=n,
+            seed=seed,
+            tasks=tasks,
+            budgets=budgets or {},
         )
     bad = bool(problems) or bool(result.get("missed")) or bool(result.get("unanswered"))
     result |= {"summary": _summary(labels, result), "exit": 1 if bad else 0}
@@ -243,6 +262,7 @@ def check(
 def _rerun(
     labels: LabelSet,
     teacher: dict[str, Any],
+    anchor: Anchor | None,
     *,
     n: int,
     seed: int,
@@ -257,7 +277,8 @@ def _rerun(
             f"tasks={tasks}: the set has {[str(t) for t in labels.tasks]}, this teacher answers "
             f"{[str(t) for t in oracle.tasks]}; ask for what both have."
         )
-    pairs = ask_again(oracle, labels, pick(labels.keys, n, seed=seed), wanted)
+    check_anchor(oracle, None if anchor is None else anchor.name, wanted)
+    pairs = ask_again(oracle, labels, pick(labels.keys, n, seed=seed), wanted, anchor=anchor)
     drift = measure(pairs, wanted)
     return {
         "images": len(pairs),

@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import secrets
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from teacher.errors import EnvironmentFailure
 
+R = TypeVar("R")
+TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
+WAITS_S = (0.1, 0.5, 2.0, 5.0)  # before the second, third ... attempt
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+OWNER = re.compile(r"\.(?P<of>.+)\.(?P<host>[^.~]+)~(?P<pid>\d+)~[0-9a-f]+\.tmp")
 
+
+@functools.cache
 def this_host() -> str:
-    """This machine's name, safe inside a file name."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname()) or "host"
+    """What tells processes with equal numbers apart: machine, boot, and process namespace."""
+    parts = [re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:64] or "host"]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text()[:8])
+        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))  # a container's own numbers
+    return "-".join(parts)
 
 
 def temporary_beside(path: Path) -> Path:
@@ -29,11 +44,38 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{owner}.tmp")
 
 
-def is_orphan(temporary: Path) -> bool:
-    """Whether a temporary file's writer ran on this machine and is gone."""
-    host, _, pid_and_rest = temporary.name.split(".")[-2].partition("~")
-    pid = pid_and_rest.partition("~")[0]
-    return host == this_host() and pid.isdigit() and not is_alive(int(pid))
+def tidy(folder: Path) -> None:
+    """Remove what dead workers left: temporary files and leases, theirs or of sealed shards."""
+    for path in folder.glob(".*"):
+        found = OWNER.fullmatch(path.name)
+        if found:
+            sealed = folder.joinpath(found["of"]).with_suffix(".json").exists()
+            dead = found["host"] == this_host() and not is_alive(int(found["pid"]))
+            litter = dead or (found["of"].startswith("shard-") and sealed)
+        else:
+            litter = path.suffix == ".lease" and (folder / f"{path.stem[1:]}.json").exists()
+        if litter:
+            path.unlink(missing_ok=True)
+
+
+def patiently(work: Callable[[], R], *, what: str) -> R:
+    """Run input or output again after a transient error, waiting longer each time.
+
+    Raises `EnvironmentFailure` when it stays; permanent errors (disk full, read-only) come at once.
+    """
+    for wait_s in (*WAITS_S, None):
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            if wait_s is None:
+                raise EnvironmentFailure(
+                    f"{what}: {error.strerror} ({error.filename}), five times in a row. What was "
+                    "committed is intact; the same command goes on when the device is back."
+                ) from error
+            time.sleep(wait_s)
+    raise AssertionError
 
 
 def sync_directory(path: Path) -> None:
@@ -41,39 +83,47 @@ def sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system knows no such thing
+            raise
     finally:
         os.close(handle)
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and bring its bytes to the disk; the name is not yet durable."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def publish(temporary: Path, final: Path) -> bool:
-    """Give a synced file its final name, if that name is free.
+    """Give a synced file its final name, if that name is free; the temporary name stays.
 
-    Returns True if this call made the name, False if somebody else had. The temporary name is
-    gone either way.
+    Returns True if this file has the name now, False if another one has.
     """
     try:
         os.link(temporary, final)
         made = True
-    except FileExistsError:
-        made = False
+    except FileExistsError:  # NFS may have made the name and lost its answer
+        made = temporary.exists() and temporary.samefile(final)
+    except FileNotFoundError:
+        if not final.exists():
+            raise
+        made = False  # somebody sealed the shard and tidied up behind us
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+        if error.errno not in NO_LINKS:
             raise
         raise EnvironmentFailure(
             f"{final.parent}: this file system has no hard links ({error.strerror}), which the "
             "exclusive commit needs; write the label set to a local or POSIX file system and "
             "copy it when it is complete."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     sync_directory(final.parent)
     return made
 
@@ -86,6 +136,19 @@ def create_exclusive(path: Path, data: bytes) -> bool:
         return publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def discard(path: Path, *, inode: int) -> None:
+    """Delete the file that was judged to be damaged, by its inode; what has its name now stays."""
+    temporary = temporary_beside(path)
+    try:
+        path.rename(temporary)
+    except FileNotFoundError:
+        return
+    if temporary.stat().st_ino != inode:  # replaced since it was judged
+        publish(temporary, path)
+    temporary.unlink()
+    sync_directory(path.parent)
 
 
 def replace_atomically(path: Path, data: bytes) -> None:
@@ -103,8 +166,9 @@ class Lease:
     """A note that somebody works on a shard. It only saves work: the seal alone decides.
 
     The file's modification time is the heartbeat. Age is measured against a file touched just now
-    in the same folder, so that neither a wrong clock nor another machine's clock matters. A lease
-    of this machine whose process is gone is free at once.
+    in the same folder, so that neither a wrong clock nor another machine's clock matters; a beat
+    from the future means that the clock was set back. A lease of this machine whose process is gone
+    is free at once.
     """
 
     LIFETIME_S = 120.0
@@ -126,29 +190,29 @@ class Lease:
 
     def _is_free(self) -> bool:
         try:
-            host, pid, _ = self.path.read_text().split()
             beat = self.path.stat().st_mtime
+            host, pid, _ = self.path.read_text().split()
+            if host == this_host() and not is_alive(int(pid)):
+                return True
         except FileNotFoundError:
             return True
         except ValueError:
-            host, pid, beat = "", "0", self.path.stat().st_mtime
-        if host == this_host() and not is_alive(int(pid)):
-            return True
+            pass  # not what we write: it expires like any other
         probe = temporary_beside(self.path)
         probe.touch()
         age_s = probe.stat().st_mtime - beat
         probe.unlink(missing_ok=True)
-        return age_s > self.LIFETIME_S
+        return abs(age_s) > self.LIFETIME_S
 
     def renew(self) -> None:
-        """The heartbeat; silent if somebody took the lease over."""
+        """The heartbeat; nothing happens if somebody took the lease over."""
         with contextlib.suppress(FileNotFoundError):
             if self.path.read_text() == self.mine:
                 os.utime(self.path)
 
     def drop(self) -> None:
         """Give the lease back, if it is still ours."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if self.path.read_text() == self.mine:
                 self.path.unlink()
 
@@ -159,6 +223,6 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True

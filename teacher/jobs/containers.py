@@ -1,4 +1,4 @@
-"""Images inside other files: WebDataset tars, Parquet or Arrow tables, videos.
+"""Images inside other files: WebDataset tars, Parquet or Arrow tables; videos are in `videos`.
 
 Nothing is ever unpacked to disk: members are found once by their headers and read by offset, so a
 member's name (``../x``, ``/etc/x``) is only a name, and links or devices are never followed.
@@ -6,19 +6,21 @@ member's name (``../x``, ``/etc/x``) is only a name, and links or devices are ne
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
 import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from teacher.errors import EnvironmentFailure, UsageError
-from teacher.images import ImageError, encode_png
+from teacher.errors import UsageError
+from teacher.images import ImageError
 from teacher.label import Camera
-from teacher.store import content_key
+from teacher.shards import content_key
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .avif .ppm .pgm .mpo".split()
@@ -29,29 +31,59 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "content")
 MAX_MEMBER_BYTES = 1 << 30
 
 
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file that holds images, on this machine or behind a URL; see `local`."""
+
+    path: Path  # its name, for messages and by its suffix
+    open: Callable[[], IO[bytes]]
+    stamp: Callable[[], str]
+
+
+def local(path: Path) -> File:
+    """A file on this machine."""
+    return File(path=path, open=lambda: path.open("rb"), stamp=lambda: file_stamp(path))
+
+
+def stamp_inside(file: File, uri: str) -> str:
+    """The stamp of something inside a file; "" when that of the file is unknown."""
+    whole = file.stamp()
+    return f"{whole}::{uri}" if whole else ""
+
+
+def readable(name: str) -> str:
+    """A name that any text file, table or database takes: bytes that are no UTF-8 are escaped."""
+    if name.isascii():
+        return name
+    raw = name.encode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "backslashreplace")
+
+
 class TarSource:
     """The images of one tar file, by offset; other members (json, txt) are not inputs."""
 
     keyed_by_bytes = True
 
-    def __init__(self, path: Path, *, opener: Callable[[], IO[bytes]] | None = None) -> None:
-        """Scan the headers. ``opener`` gives a fresh file object (default: the local file)."""
-        self.path = path
-        self._open = opener or (lambda: path.open("rb"))
+    def __init__(self, path: Path | File) -> None:
+        """Scan the headers; a million members take about 150 bytes each."""
+        self.file = path if isinstance(path, File) else local(path)
         self._where: dict[str, tuple[int, int, str]] = {}
+        copies: Counter[str] = Counter()
         try:
-            with self._open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with self.file.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                     suffix = os.path.splitext(info.name)[1].lower()  # noqa: PTH122 - many names
                     if suffix not in IMAGE_SUFFIXES:
                         continue
-                    name, copy = info.name, 1
+                    first = name = readable(info.name)
                     while name in self._where:
-                        name, copy = f"{info.name}#{copy + 1}", copy + 1
+                        copies[first] += 1
+                        name = f"{first}#{copies[first] + 1}"
                     self._where[name] = (info.offset_data, info.size, _why_not(info))
         except (tarfile.TarError, EOFError) as error:
             raise UsageError(
-                f"images={path}: not a whole tar file ({error}); found "
+                f"images={self.file.path}: not a whole tar file ({error}); found "
                 f"{len(self._where)} images before the damage. Repair or remove it."
             ) from error
 
@@ -64,7 +96,7 @@ class TarSource:
         offset, size, why_not = self._where[uri]
         if why_not:
             raise ImageError(f"tar member {uri!r} is {why_not}, not a regular file")
-        with self._open() as file:
+        with self.file.open() as file:
             file.seek(offset)
             return file.read(size)
 
@@ -78,7 +110,7 @@ class TarSource:
 
     def stamp(self, uri: str) -> str:
         """Name, size and time of the tar, and the member."""
-        return f"{file_stamp(self.path)}::{uri}"
+        return stamp_inside(self.file, uri)
 
 
 def _why_not(info: tarfile.TarInfo) -> str:
@@ -109,15 +141,15 @@ class TableSource:
 
     keyed_by_bytes = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | File) -> None:
         """Reads the schema and row counts only."""
         import pyarrow as pa
 
-        self.path = path
+        self.file = path if isinstance(path, File) else local(path)
         try:
-            self._groups = list(_row_groups(path))
+            self._groups = list(_row_groups(self.file))
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"images={path}: not a readable table ({error}).") from error
+            raise UsageError(f"images={self.file.path}: not a readable table ({error}).") from error
         self._cache = threading.local()
         self.rows = sum(count for count, _ in self._groups)
 
@@ -135,7 +167,7 @@ class TableSource:
         value = self._cache.column[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise ImageError(f"row {uri} of {self.path.name} holds no image bytes")
+            raise ImageError(f"row {uri} of {self.file.path.name} holds no image bytes")
         return data
 
     def key(self, uri: str) -> str:
@@ -143,7 +175,7 @@ class TableSource:
         try:
             return content_key(self.read(uri))
         except ImageError:
-            return content_key(f"{self.path.name}::{uri}".encode())
+            return content_key(f"{self.file.path.name}::{uri}".encode())
 
     def camera(self, uri: str) -> Camera | None:
         """None: only what the image itself says."""
@@ -151,7 +183,7 @@ class TableSource:
 
     def stamp(self, uri: str) -> str:
         """Name, size and time of the table, and the row."""
-        return f"{file_stamp(self.path)}::{uri}"
+        return stamp_inside(self.file, uri)
 
 
 def _image_column(path: Path, names: list[str]) -> str:
@@ -164,115 +196,27 @@ def _image_column(path: Path, names: list[str]) -> str:
     return found[0]
 
 
-def _row_groups(path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
+def _row_groups(file: File) -> Iterator[tuple[int, Callable[[], Any]]]:
     """(rows, loader of the image column) for each row group or record batch."""
-    if path.suffix == ".parquet":
+    if file.path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(path)
-        column = _image_column(path, table.schema_arrow.names)
-        for group in range(table.metadata.num_row_groups):
+        # closed at once and read in this thread: arrow's own threads lock up at exit over a file
+        # object of Python's
+        with file.open() as data, pq.ParquetFile(data, pre_buffer=False) as table:
+            column = _image_column(file.path, table.schema_arrow.names)
+            rows = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
 
-            def load(group: int = group) -> Any:
-                return pq.ParquetFile(path).read_row_group(group, columns=[column])[column]
+        def load(group: int) -> Any:
+            with file.open() as data, pq.ParquetFile(data, pre_buffer=False) as table:
+                return table.read_row_group(group, columns=[column], use_threads=False)[column]
 
-            yield table.metadata.row_group(group).num_rows, load
+        yield from ((n, functools.partial(load, group)) for group, n in enumerate(rows))
         return
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as mapped:
-        whole = pa.ipc.open_stream(mapped).read_all()
-    column = _image_column(path, whole.schema.names)
+    is_local = file.path.is_file()
+    with pa.memory_map(str(file.path)) if is_local else file.open() as data:
+        whole = pa.ipc.open_stream(data).read_all()
+    column = _image_column(file.path, whole.schema.names)
     yield whole.num_rows, lambda: whole[column]
-
-
-class VideoSource:
-    """Frames of one video, by rate or by scene change; timestamps are kept in the names.
-
-    A frame's key is made of the video's content and the frame's time, so that the same clip gives
-    the same keys wherever it lies.
-    """
-
-    keyed_by_bytes = False
-
-    def __init__(self, path: Path, *, fps: float, scene_change: float | None) -> None:
-        """Pick the frames: ``fps`` per second, or, with ``scene_change``, the first of each scene.
-
-        ``scene_change`` is the mean absolute grey difference (0..1) between two frames, reduced to
-        32 x 32, above which a new scene starts (0.1 finds hard cuts).
-        """
-        if fps <= 0:
-            raise UsageError(f"video.fps={fps}: expected more than 0 frames per second.")
-        self.path, self.fps, self.scene_change = path, fps, scene_change
-        self._local = threading.local()
-        with path.open("rb") as file:
-            self._hash = hashlib.file_digest(file, "sha256").hexdigest()
-        try:
-            self._times = {f"t={t:012.6f}": pts for t, pts in self._pick()}
-        except _av().FFmpegError as error:
-            raise UsageError(f"images={path}: not a readable video ({error}).") from error
-
-    def _pick(self) -> Iterator[tuple[float, int]]:
-        import numpy as np
-
-        with _av().open(str(self.path)) as clip:
-            stream = clip.streams.video[0]
-            due, before = 0.0, None
-            for frame in clip.decode(stream):
-                if frame.pts is None:
-                    continue
-                seconds = float(frame.pts * stream.time_base)
-                if self.scene_change is not None:
-                    grey = frame.reformat(width=32, height=32, format="gray").to_ndarray()
-                    now = grey.astype(np.float32) / 255
-                    if before is None or np.abs(now - before).mean() > self.scene_change:
-                        yield seconds, frame.pts
-                    before = now
-                elif seconds >= due - 1e-6:
-                    yield seconds, frame.pts
-                    due = max(due + 1 / self.fps, seconds + 0.5 / self.fps)
-
-    def list(self) -> list[str]:
-        """``t=SECONDS`` of the picked frames, in time order."""
-        return sorted(self._times)
-
-    def read(self, uri: str) -> bytes:
-        """The frame as PNG; decoding goes on from the last frame while times ascend."""
-        wanted = self._times[uri]
-        frames, at = getattr(self._local, "state", (None, None))
-        if frames is None or at is None or at >= wanted:
-            frames = self._frames(wanted)
-        for pts, frame in frames:
-            if pts == wanted:
-                self._local.state = (frames, pts)
-                return encode_png(frame.to_ndarray(format="rgb24"))
-        self._local.state = (None, None)
-        raise ImageError(f"{self.path.name}: no frame at {uri}")
-
-    def _frames(self, start: int) -> Iterator[tuple[int, Any]]:
-        with _av().open(str(self.path)) as clip:
-            stream = clip.streams.video[0]
-            clip.seek(start, stream=stream, backward=True)
-            for frame in clip.decode(stream):
-                if frame.pts is not None and frame.pts >= start:
-                    yield frame.pts, frame
-
-    def key(self, uri: str) -> str:
-        """Video content and timestamp."""
-        return content_key(f"{self._hash} {uri}".encode())
-
-    def camera(self, uri: str) -> Camera | None:
-        """None: containers carry no intrinsics."""
-        return None
-
-    def stamp(self, uri: str) -> str:
-        """Empty: the key is cheap."""
-        return ""
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ModuleNotFoundError as error:
-        raise EnvironmentFailure("videos need PyAV: pip install 'dense-distill[video]'") from error
-    return av

@@ -6,6 +6,8 @@ path, with any number of workers; anything else gives another hash, and labels n
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 import sqlite3
@@ -17,11 +19,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from teacher.errors import UsageError
+from teacher.jobs.commit import patiently
 from teacher.jobs.sources import Source
-from teacher.store import canonical_json
+from teacher.shards import canonical_json
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One planned input; ``duplicate_of`` is the key that stands for the same content."""
 
@@ -54,6 +58,7 @@ class Plan:
         for start in range(0, len(entries), self.batch_size):
             yield entries[start : start + self.batch_size]
 
+    @functools.cached_property
     def hash(self) -> str:
         """SHA-256 over inputs, sizes and facts."""
         digest = hashlib.sha256(canonical_json(self.facts))
@@ -73,15 +78,15 @@ class HashCache:
         """``path``: the SQLite file (default ``$XDG_CACHE_HOME/dense-distill/keys.sqlite``)."""
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.path = path or Path(base).expanduser() / "dense-distill" / "keys.sqlite"
+        create = "CREATE TABLE IF NOT EXISTS keys (stamp TEXT PRIMARY KEY, key TEXT)"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # no write-ahead log: it needs shared memory, which network file systems do not have
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS keys (stamp TEXT PRIMARY KEY, key TEXT)")
+            self._db.execute(create)
         except (sqlite3.Error, OSError):  # no home, read-only, damaged: hash without a memory
             self._db = sqlite3.connect(":memory:", isolation_level=None)
-            self._db.execute("CREATE TABLE keys (stamp TEXT PRIMARY KEY, key TEXT)")
+            self._db.execute(create)
 
     def known(self, stamps: Sequence[str]) -> dict[str, str]:
         """Stamp -> key for those that were seen before."""
@@ -90,14 +95,23 @@ class HashCache:
             part = list(stamps[start : start + 500])
             marks = ",".join("?" * len(part))
             query = f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})"
-            found.update(self._db.execute(query, part).fetchall())
+            with contextlib.suppress(sqlite3.Error, UnicodeEncodeError):
+                found.update(self._db.execute(query, part).fetchall())
         return found
 
     def add(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Remember (stamp, key) pairs, in one transaction."""
-        self._db.execute("BEGIN")
-        self._db.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", pairs)
-        self._db.execute("COMMIT")
+        """Remember (stamp, key) pairs, in one transaction; without a memory when it is locked."""
+        if not pairs:
+            return
+        with contextlib.suppress(sqlite3.Error, UnicodeEncodeError):
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", pairs)
+
+    def forget(self, stamp: str) -> None:
+        """Drop a key that turned out not to be that of the content."""
+        with contextlib.suppress(sqlite3.Error, UnicodeEncodeError):
+            self._db.execute("DELETE FROM keys WHERE stamp = ?", (stamp,))
 
     def close(self) -> None:
         """Close the file."""
@@ -123,13 +137,31 @@ def content_keys(source: Source, uris: Sequence[str], *, threads: int) -> list[s
                 known = cache.known([s for s in stamps if s])
                 pairs = list(zip(part, stamps, strict=True))
                 todo = [(u, s) for u, s in pairs if s not in known]
-                fresh = dict(zip(todo, pool.map(lambda p: source.key(p[0]), todo), strict=True))
+                fresh = dict(zip(todo, pool.map(lambda p: _key(source, p[0]), todo), strict=True))
                 keys += [known[s] if s in known else fresh[u, s] for u, s in pairs]
                 cache.add([(s, key) for (_, s), key in fresh.items() if s])
                 bar.update(len(part))
     finally:
         cache.close()
     return keys
+
+
+def forget_key(source: Source, uri: str) -> None:
+    """Hash this input anew next time: its file changed, but neither its size nor its time did."""
+    cache = HashCache()
+    cache.forget(source.stamp(uri))
+    cache.close()
+
+
+def _key(source: Source, uri: str) -> str:
+    try:
+        return patiently(lambda: source.key(uri), what=f"reading {uri}")
+    except OSError as error:
+        raise UsageError(
+            f"images: {uri!r} cannot be read ({error.strerror}). Expected every listed file to be "
+            "readable: an unreachable disk must not become a million rejected images. Mend or "
+            "remove it."
+        ) from error
 
 
 def make_plan(

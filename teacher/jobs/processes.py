@@ -6,28 +6,26 @@ replaced by nobody; the others take its shards over.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 from tqdm import tqdm
 
-from teacher.anchors import Anchor, load_anchor
 from teacher.errors import EnvironmentFailure
-from teacher.generators import load_teacher
-from teacher.jobs.engines import Tally, Worker
-from teacher.jobs.plan import Plan
-from teacher.jobs.sources import open_source
-from teacher.label import Task
-from teacher.store import seal_path
+from teacher.jobs.engines import Tally
+from teacher.jobs.recipe import About, Job, Recipe, survey
+from teacher.shards import DamagedLabelSetError, read_seal, seal_path
 
 GRACE_S = 20.0  # how long workers may take to abandon their shards after SIGTERM
 
@@ -39,45 +37,6 @@ class WorkerFailedError(EnvironmentFailure):
         """``exit_code``: that of the worker's own error."""
         super().__init__(message)
         self.exit_code = exit_code
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a worker needs to build itself in its own process; plain values and the plan."""
-
-    teacher: dict[str, Any]
-    images: str
-    video: dict[str, Any] | None
-    plan: Plan
-    folder: Path
-    tasks: Sequence[Task]
-    max_side: int | None
-    keep_pictures: bool
-    threads: int
-    anchor: dict[str, Any] | None = None
-    align: dict[str, Any] | None = None
-
-    def build(
-        self,
-        *,
-        teacher: Any = None,
-        source: Any = None,
-        anchor: Anchor | None = None,
-        quiet: bool = False,
-    ) -> Worker:
-        """A worker; what was loaded already may be handed over."""
-        return Worker(
-            teacher=teacher if teacher is not None else load_teacher(**self.teacher),
-            source=source if source is not None else open_source(self.images, video=self.video),
-            plan=self.plan,
-            folder=self.folder,
-            tasks=self.tasks,
-            max_side=self.max_side,
-            keep_pictures=self.keep_pictures,
-            threads=self.threads,
-            anchor=anchor if anchor is not None else load_anchor(self.anchor, self.align),
-            quiet=quiet,
-        )
 
 
 def devices() -> list[str]:
@@ -95,22 +54,78 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _work(recipe: Recipe, numbers: list[int], index: int, results: Connection) -> None:
-    """The body of a worker process: its own device, its own start in the list of shards."""
+def _settle(index: int) -> None:
+    """In a new process: its own device, SIGTERM stops it, and it ends when its parent is gone."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     gpus = devices()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def outcome(work: Callable[[], Any]) -> tuple[str, Any]:
+    """``("done", value)``, ``("stopped", None)`` or ``("failed", (exit code, text))``."""
     try:
-        tally = recipe.build(quiet=True).run(numbers, wait=True)
-        results.send(("done", dataclasses.asdict(tally)))
+        return "done", work()
     except KeyboardInterrupt:
-        results.send(("stopped", None))
+        return "stopped", None
     except Exception as error:
         code = getattr(error, "exit_code", 3 if isinstance(error, OSError) else 4)
-        text = str(error) if code != 4 else "".join(traceback.format_exception(error))
-        results.send(("failed", (code, text)))
+        return "failed", (code, "".join(format_exception(error)) if code == 4 else str(error))
+
+
+def value_of(result: tuple[str, Any]) -> Any:
+    """The value of an `outcome`, or `WorkerFailedError` with the text of what happened there."""
+    kind, value = result
+    if kind != "done":
+        code, text = value or (3, "the process was stopped")
+        raise WorkerFailedError(text, code)
+    return value
+
+
+def _work(recipe: Recipe, numbers: list[int], index: int, results: Connection) -> None:
+    """The body of a worker process."""
+    _settle(index)
+    work = lambda: dataclasses.asdict(recipe.build(quiet=True).run(numbers, wait=True))  # noqa: E731
+    _send(results, outcome(work))
+
+
+def _survey(job: Job, results: Connection) -> None:
+    _settle(0)
+    _send(results, outcome(lambda: survey(job)))
+
+
+def _send(results: Connection, result: tuple[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        results.send(result)
+
+
+def survey_in_process(job: Job) -> About:
+    """`survey` in a process that ends afterwards: this one never loads the models."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_survey, args=(job, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return value_of(mine.recv())
+    except EOFError:
+        process.join()
+        raise WorkerFailedError(
+            f"the process that loads the teacher died with exit code {process.exitcode}", 3
+        ) from None
+    finally:
+        process.terminate()
+        process.join(GRACE_S)
+        process.kill()
 
 
 def run_processes(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Tally:
@@ -167,10 +182,16 @@ def run_processes(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Ta
 def _watch(recipe: Recipe, numbers: Sequence[int], pool: list) -> None:
     """Progress over all workers, until all of them ended."""
     sizes = {n: len(recipe.plan.shard(n)) for n in numbers}
+    started, teacher_s = time.monotonic(), 0.0
     with tqdm(total=sum(sizes.values()), desc=f"label x{len(pool)}", unit="img") as bar:
         while sizes:
             for number in [n for n in sizes if seal_path(recipe.folder, n).exists()]:
                 bar.update(sizes.pop(number))
+                with contextlib.suppress(DamagedLabelSetError, OSError):
+                    run = read_seal(seal_path(recipe.folder, number))["run"]
+                    teacher_s += run.get("teacher_s", 0.0)
+                share = teacher_s / len(pool) / (time.monotonic() - started)
+                bar.set_postfix_str(f"teacher {share:.0%}", refresh=False)
             if not any(p.is_alive() for p in pool):
                 return
             time.sleep(0.2)

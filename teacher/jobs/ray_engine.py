@@ -12,10 +12,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from teacher.errors import EnvironmentFailure
 from teacher.jobs.engines import Tally
-from teacher.jobs.processes import Recipe
-from teacher.store import seal_path
+from teacher.jobs.processes import outcome, value_of
+from teacher.jobs.recipe import About, Job, Recipe, survey
+from teacher.shards import seal_path
 
 
 class ShardActor:
@@ -31,21 +34,33 @@ class ShardActor:
         return {name: [t[name] for t in tallies] for name in tallies[0]}
 
 
-def run_ray(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Tally:
-    """Label the given shards on the Ray cluster of ``RAY_ADDRESS``, or on one started here.
-
-    ``workers`` is the largest number of actors; the pool starts with one and grows with the queue.
-    """
+def start_ray() -> tuple[Any, int]:
+    """The cluster of ``RAY_ADDRESS``, or one started here; ``(ray, GPUs of one teacher)``."""
     try:
         import ray
     except ModuleNotFoundError as error:
         raise EnvironmentFailure(
             "engine=ray: Ray is not installed: pip install 'dense-distill[ray]'"
         ) from error
-    started = time.monotonic()
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return ray, 1 if ray.cluster_resources().get("GPU", 0) else 0
+
+
+def survey_on_ray(job: Job) -> About:
+    """`survey` on a node of the cluster: the driver needs neither a GPU nor the models."""
+    ray, gpus = start_ray()
+    ask = ray.remote(num_gpus=gpus, num_cpus=0 if gpus else 1)(lambda: outcome(lambda: survey(job)))
+    return value_of(ray.get(ask.remote()))
+
+
+def run_ray(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Tally:
+    """Label the given shards on the cluster.
+
+    ``workers`` is the largest number of actors; the pool starts with one and grows with the queue.
+    """
+    ray, gpus = start_ray()
+    started = time.monotonic()
     rows = ray.data.from_items([{"shard": n} for n in numbers], override_num_blocks=len(numbers))
     done = rows.map_batches(
         ShardActor,
@@ -56,8 +71,13 @@ def run_ray(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Tally:
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
     )
     tally = Tally()
-    for row in done.iter_rows():
-        tally += Tally(**row)
+    images = sum(len(recipe.plan.shard(n)) for n in numbers)
+    with tqdm(total=images, desc="label on ray", unit="img", mininterval=1) as bar:
+        for row in done.iter_rows():
+            tally += Tally(**row)
+            bar.update(tally.labelled + tally.rejected + tally.duplicates - bar.n)
+            busy_s = workers * (time.monotonic() - started)
+            bar.set_postfix_str(f"teacher {tally.teacher_s / busy_s:.0%}", refresh=False)
     left = [n for n in numbers if not seal_path(recipe.folder, n).exists()]
     if left:
         raise EnvironmentFailure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +12,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from teacher.anchors import check_anchor, load_anchor
 from teacher.errors import EnvironmentFailure, UsageError
-from teacher.generators import Teacher, load_teacher
 from teacher.jobs.commit import replace_atomically
 from teacher.jobs.engines import Tally, Worker
 from teacher.jobs.licences import for_label_job, refuse
 from teacher.jobs.plan import Plan, make_plan
-from teacher.jobs.processes import Recipe, run_processes
-from teacher.jobs.sources import open_source
-from teacher.label import Task
-from teacher.store import open_folder, seal_path, sealed_shards, write_index
-
-PROBE_FROM_BATCHES = 50  # smaller jobs start at once: the probe would be a visible part of them
+from teacher.jobs.processes import run_processes, survey_in_process
+from teacher.jobs.recipe import PROBE_FROM_BATCHES, About, Job, Models, Recipe
+from teacher.jobs.redo import set_aside_damaged
+from teacher.jobs.sources import Source
+from teacher.shards import seal_path
+from teacher.store import open_folder, sealed_shards, write_index
 
 
 def label(
@@ -44,6 +43,7 @@ def label(
     licence: dict[str, Any] | None = None,
     anchor: dict[str, Any] | None = None,
     align: dict[str, Any] | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Label every image of a source; started again, it does only what is missing.
 
@@ -68,6 +68,7 @@ def label(
         anchor: what makes affine depth metric: ``name`` and its own keys (`teacher.anchors`).
         align: ``method`` (ransac, least-squares, truncated-l1) and ``max_residual``, the median
             |ln(depth / anchor)| above which an image is rejected.
+        verify: hash what earlier runs sealed before going on; damaged shards are labelled again.
     """
     sizes = {"shard_size": shard_size, "batch_size": batch_size, "workers": workers}
     for name, value in sizes.items():
@@ -76,60 +77,94 @@ def label(
     if engine not in ("local", "ray"):
         raise UsageError(f"engine={engine}: expected local or ray.")
     index, count = array_task(shard or {})
-    images = as_layout(images, teacher, anchor or {})
-    source = open_source(images, video=video)
-    oracle = load_teacher(**teacher)
-    wanted = parse_tasks(tasks, oracle.tasks)
-    scale = load_anchor(anchor, align)
-    check_anchor(oracle, scale, wanted)
-    own_side = getattr(oracle, "max_side", None)
-    side = min((s for s in (max_side, own_side) if s is not None), default=None)
-    facts: dict[str, Any] = {"teacher": oracle.describe(), "max_side": side}
-    facts["tasks"] = [str(t) for t in wanted]
-    facts["keep_pictures"] = keep_pictures
-    if scale is not None:
-        facts["anchor"] = scale.describe()
-    asked = licence or {}
-    ledger = for_label_job(
-        facts["teacher"] | {"anchor": facts.get("anchor")},
-        images=images,
-        images_licence=asked.get("images"),
-        source=source,
-    )
-    refuse(ledger, asked.get("refuse", []), what=f"label set {out}")
-    plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=facts)
-    folder = open_folder(out, dataset_of(plan, oracle) | {"licences": ledger})
-    done = sealed_shards(folder)
-    todo = [n for n in range(index, plan.shards, count) if n not in done]
-    recipe = Recipe(
+    job = Job(
         teacher=teacher,
-        images=images,
+        images=as_layout(images, teacher, anchor or {}),
         video=video,
-        plan=plan,
-        folder=folder,
-        tasks=wanted,
-        max_side=side,
+        tasks=list(tasks),
+        max_side=max_side,
         keep_pictures=keep_pictures,
         threads=threads,
+        batch_size=batch_size,
         anchor=anchor,
         align=align,
     )
-    worker = recipe.build(teacher=oracle, source=source, anchor=scale)
-    announce(worker, todo, workers=workers)
-    if engine == "ray":
-        from teacher.jobs.ray_engine import run_ray
-
-        tally = run_ray(recipe, todo, workers=workers) if todo else Tally()
-    elif workers > 1:
-        tally = run_processes(recipe, todo, workers=workers)
-    else:
+    check_apart(job.images, out)
+    source = job.source()
+    models, about = meet(job, engine=engine, workers=workers)
+    ledger = licences(job, about, source, licence or {}, out=out)
+    plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=facts(job, about))
+    dataset = dataset_of(plan, about) | {"licences": ledger, "software": about.software}
+    folder = open_folder(out, dataset)
+    mine = range(index, plan.shards, count)
+    done = sorted(set(sealed_shards(folder)) & set(mine))
+    damaged = set_aside_damaged(folder, done, dataset, threads=threads) if verify else {}
+    for problem in damaged.values():
+        say(f"{problem}: labelled again")
+    done_before = len(sealed_shards(folder))
+    todo = [n for n in mine if not seal_path(folder, n).exists()]
+    recipe = Recipe(job=job, plan=plan, folder=folder)
+    worker = recipe.build(models=models, source=source) if models else None
+    announce(plan, folder, todo, worker or about, workers=workers)
+    if worker is not None:
         # an array task leaves shards that others have leased to them
         tally = worker.run(todo, wait=count == 1)
-    complete = len(sealed_shards(folder)) == plan.shards
-    if complete:
-        write_index(folder)
-    result = report(folder, tally, todo, done_before=len(done), shards=plan.shards)
-    return result | {"exit": 1 if todo and not tally.labelled and complete else 0}
+    elif not todo:
+        tally = Tally()
+    elif engine == "ray":
+        from teacher.jobs.ray_engine import run_ray
+
+        tally = run_ray(recipe, todo, workers=workers)
+    else:
+        tally = run_processes(recipe, todo, workers=workers)
+    result = report(folder, tally, todo, done_before=done_before, shards=plan.shards)
+    nothing = result["complete"] and not result["in_set"]["labelled"]
+    return result | {"redone": damaged, "exit": 1 if nothing else 0}
+
+
+def meet(job: Job, *, engine: str, workers: int) -> tuple[Models | None, About]:
+    """What the plan must know of the models, and the models where this process is the worker."""
+    if engine == "ray":
+        from teacher.jobs.ray_engine import survey_on_ray
+
+        return None, survey_on_ray(job)
+    if workers > 1:
+        return None, survey_in_process(job)
+    models = job.load()
+    return models, models.about
+
+
+def check_apart(images: str, out: str) -> None:
+    """Refuse labels inside the folder of the images: the next run would take them for images."""
+    folder, target = Path(images).expanduser(), Path(out)
+    if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"out={out} lies inside images={images}, where a label set would be taken for images; "
+            "choose a folder outside."
+        )
+
+
+def licences(
+    job: Job, about: About, source: Source, asked: dict[str, Any], *, out: str
+) -> list[dict[str, Any]]:
+    """The ledger of the job; raises where it holds what is refused."""
+    ledger = for_label_job(
+        about.teacher | {"anchor": about.anchor},
+        images=job.images,
+        images_licence=asked.get("images"),
+        source=source,
+    )
+    return refuse(ledger, asked.get("refuse", []), what=f"label set {out}")
+
+
+def facts(job: Job, about: About) -> dict[str, Any]:
+    """What decides the labels beside the inputs; part of the plan's hash."""
+    found: dict[str, Any] = {"teacher": about.teacher, "max_side": about.max_side}
+    found["tasks"] = [str(t) for t in about.tasks]
+    found["keep_pictures"] = job.keep_pictures
+    if about.anchor is not None:
+        found["anchor"] = about.anchor
+    return found
 
 
 def array_task(shard: dict[str, int]) -> tuple[int, int]:
@@ -154,20 +189,11 @@ def as_layout(images: str, *options: dict[str, Any]) -> str:
     return images
 
 
-def parse_tasks(tasks: Sequence[str], offered: Sequence[Task]) -> list[Task]:
-    """Task names -> tasks in the fixed order, checked against what the teacher can answer."""
-    known = [str(t) for t in offered]
-    strange = [t for t in tasks if t not in known]
-    if strange or not tasks:
-        raise UsageError(f"tasks={list(tasks)}: this teacher answers {known}; ask for those.")
-    return [t for t in Task if t in tasks]
-
-
-def dataset_of(plan: Plan, teacher: Teacher) -> dict[str, Any]:
+def dataset_of(plan: Plan, about: About) -> dict[str, Any]:
     """The content of ``dataset.json``."""
-    classes = teacher.describe().get("classes", {})
+    classes = about.teacher.get("classes", {})
     return plan.facts | {
-        "plan_hash": plan.hash(),
+        "plan_hash": plan.hash,
         "inputs": len(plan.entries),
         "shards": plan.shards,
         "shard_size": plan.shard_size,
@@ -176,21 +202,34 @@ def dataset_of(plan: Plan, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def announce(worker: Worker, todo: Sequence[int], *, workers: int) -> None:
-    """Say what the job will cost before it starts; refuse one that cannot fit on the disk."""
-    images = sum(1 for n in todo for e in worker.plan.shard(n) if not e.duplicate_of)
-    tqdm.write(f"{images} images in {len(todo)} shards to label")
-    if images < PROBE_FROM_BATCHES * worker.plan.batch_size:
+def say(text: str) -> None:
+    """A line on stderr, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def announce(
+    plan: Plan, folder: Path, todo: Sequence[int], how: Worker | About, *, workers: int
+) -> None:
+    """Say what the job will cost before it starts; refuse one that cannot fit on the disk.
+
+    ``how``: the worker of this process, to be probed, or what a survey found out elsewhere.
+    """
+    images = sum(1 for n in todo for e in plan.shard(n) if not e.duplicate_of)
+    say(f"{images} images in {len(todo)} shards to label")
+    if images < PROBE_FROM_BATCHES * plan.batch_size:
         return
-    seconds, size = (per_image * images for per_image in worker.probe(todo[0]))
-    free = shutil.disk_usage(worker.folder).free
-    tqdm.write(
+    cost = how.probe(todo[0]) if isinstance(how, Worker) else how.cost
+    if cost is None:
+        return
+    seconds, size = (per_image * images for per_image in cost)
+    free = shutil.disk_usage(folder).free
+    say(
         f"about {duration(seconds / workers)} with {workers} worker(s), {seconds / 3600:.2f} "
         f"teacher hours, {size / 1e9:.2f} GB of {free / 1e9:.1f} GB free"
     )
     if size > free:
         raise EnvironmentFailure(
-            f"{worker.folder}: the labels will need about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+            f"{folder}: the labels will need about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB "
             "are free. Free some space, choose another out=, or lower max_side."
         )
 
@@ -205,9 +244,13 @@ def duration(seconds: float) -> str:
 def report(
     folder: Path, tally: Tally, todo: Sequence[int], *, done_before: int, shards: int
 ) -> dict[str, Any]:
-    """Facts of the run, written to ``run.json``, and the one-line summary with the cost."""
+    """Facts of the run, written to ``run.json``, and the one-line summary with the cost.
+
+    A complete set gets its index.
+    """
     images, wall_s = tally.labelled + tally.rejected, max(tally.wall_s, 1e-9)
     missing = shards - len(sealed_shards(folder))
+    in_set = write_index(folder) if not missing else {}
     facts: dict[str, Any] = {
         "out": str(folder),
         "labelled": tally.labelled,
@@ -215,6 +258,7 @@ def report(
         "duplicates": tally.duplicates,
         "shards_done_before": done_before,
         "complete": not missing,
+        "in_set": in_set,
         "wall_s": round(tally.wall_s, 3),
         "images_per_s": round(images / wall_s, 3),
         "teacher_share": round(tally.teacher_s / wall_s, 4),

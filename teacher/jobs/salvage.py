@@ -11,117 +11,28 @@ is thus always caught; a second, hidden one inside a JSON number of the same sha
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import shutil
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from teacher.errors import UsageError
 from teacher.jobs.commit import create_exclusive, publish, temporary_beside
 from teacher.label import validate
-from teacher.store import (
+from teacher.shard_writer import ShardWriter, prove
+from teacher.shards import (
     DamagedLabelSetError,
-    ShardWriter,
     canonical_json,
-    content_key,
     decode_members,
     hash_file,
     hash_ids,
-    open_folder,
-    read_dataset,
     read_seal,
+    seal_bytes,
     seal_path,
-    sealed_shards,
     shard_name,
-    write_index,
 )
-
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def shard_problem(folder: Path, number: int, meta: dict[str, Any]) -> str:
-    """What is wrong with one shard, in a sentence; "" when its seal holds."""
-    path, tar = seal_path(folder, number), folder / f"{shard_name(number)}.tar"
-    if not path.exists():
-        return f"{shard_name(number)}: not sealed, so its inputs are not labelled"
-    try:
-        seal = read_seal(path)
-    except DamagedLabelSetError as error:
-        return str(error)
-    if seal["plan_hash"] != meta["plan_hash"]:
-        return f"{path.name}: sealed for another plan"
-    if hash_ids(seal["rows"]) != seal["ids_sha256"]:
-        return f"{path.name}: its rows do not match their hash"
-    if not tar.is_file():
-        return f"{tar.name}: missing"
-    if tar.stat().st_size != seal["bytes"]:
-        return f"{tar.name}: {tar.stat().st_size} bytes, the seal says {seal['bytes']}"
-    if hash_file(tar) != seal["sha256"]:
-        return f"{tar.name}: its content does not match the seal's sha256"
-    return ""
-
-
-def problems_of(folder: Path) -> dict[int, str]:
-    """Shard number -> what is wrong with it, by hashing every shard; works on damaged seals."""
-    meta = read_dataset(folder)
-    numbers = sorted({*range(meta["shards"]), *sealed_shards(folder)})
-    found = {n: shard_problem(folder, n, meta) for n in numbers}
-    for n in numbers:
-        if n >= meta["shards"]:
-            found[n] = f"{shard_name(n)}: the set has only {meta['shards']} shards"
-    return {n: text for n, text in found.items() if text}
-
-
-def check_png(data: bytes) -> None:
-    """Every chunk's CRC and the end mark; `ValueError` where it fails."""
-    if data[:8] != PNG:
-        raise ValueError("no PNG signature")
-    at, kind = 8, b""
-    while kind != b"IEND":
-        if at + 12 > len(data):
-            raise ValueError("the PNG ends early")
-        length, kind = struct.unpack(">I4s", data[at : at + 8])
-        body = data[at + 4 : at + 8 + length]
-        if data[at + 8 + length : at + 12 + length] != struct.pack(">I", zlib.crc32(body)):
-            raise ValueError(f"the CRC of PNG chunk {kind!r} is wrong")
-        at += 12 + length
-    if at != len(data):
-        raise ValueError("bytes after the end of the PNG")
-
-
-def prove(key: str, block: bytes) -> list[tuple[str, bytes]]:
-    """The members of one sample's bytes in a tar, or `ValueError` with what is not proven."""
-    members: list[tuple[str, bytes]] = []
-    covered = 0
-    with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
-        for info in tar:
-            stem, _, suffix = info.name.partition(".")
-            file = tar.extractfile(info) if info.isreg() else None
-            if stem != key or file is None:
-                raise ValueError(f"unexpected member {info.name!r}")
-            data = file.read()
-            covered = info.offset_data + info.size
-            padding = block[covered : covered + (-info.size % tarfile.BLOCKSIZE)]
-            if len(data) != info.size or any(padding):
-                raise ValueError(f"{info.name}: cut off, or its padding is not zero")
-            covered += len(padding)
-            members.append((suffix, data))
-    if covered != len(block):
-        raise ValueError(f"{len(block) - covered} bytes are not readable as tar members")
-    for suffix, data in members:
-        if suffix == "jpg":
-            if content_key(data) != key:
-                raise ValueError("the JPEG does not match its key")
-        elif suffix.endswith("png"):
-            check_png(data)
-        elif suffix != "json" or canonical_json(json.loads(data)) != data:
-            raise ValueError(f"{key}.{suffix} is not in canonical form")
-    return members
+from teacher.store import open_folder, read_dataset, write_index
 
 
 def survivors(tar_path: Path, seal: dict[str, Any]) -> tuple[dict[str, list], dict[str, str]]:
@@ -167,9 +78,7 @@ def copy_shard(folder: Path, target: Path, number: int, *, plan_hash: str) -> in
         temporary.unlink(missing_ok=True)
     if hash_file(final) != seal["sha256"]:
         raise DamagedLabelSetError(f"{final}: not what was copied; delete it and start again.")
-    create_exclusive(
-        seal_path(target, number), canonical_json(seal | {"plan_hash": plan_hash}) + b"\n"
-    )
+    create_exclusive(seal_path(target, number), seal_bytes(seal | {"plan_hash": plan_hash}))
     return sum(row["state"] == "labelled" for row in seal["rows"])
 
 

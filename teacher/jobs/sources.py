@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -9,17 +10,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from teacher.errors import UsageError
+from teacher.images import ImageError
 from teacher.jobs.containers import (
     IMAGE_SUFFIXES,
+    MAX_MEMBER_BYTES,
     TABLE_SUFFIXES,
     VIDEO_SUFFIXES,
+    File,
     TableSource,
     TarSource,
-    VideoSource,
     file_stamp,
+    local,
+    readable,
 )
+from teacher.jobs.remote import RemoteFiles
+from teacher.jobs.videos import VideoSource
 from teacher.label import Camera
-from teacher.store import DATASET, LabelSet, content_key
+from teacher.store import DATASET, LabelSet
 
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES | TABLE_SUFFIXES | {".tar"}
 WHAT = (
@@ -61,7 +68,12 @@ class FileSource:
 
     def __init__(self, root: Path, names: list[str]) -> None:
         """``names`` are paths relative to ``root`` (absolute ones stay as they are)."""
-        self.root, self.names = root, sorted(names)
+        self.root = root
+        self._odd = {readable(name): name for name in names if not name.isascii()}
+        self.names = sorted(n if n.isascii() else readable(n) for n in names)
+
+    def _path(self, uri: str) -> Path:
+        return self.root / self._odd.get(uri, uri)
 
     def list(self) -> list[str]:
         """Relative paths, sorted."""
@@ -69,11 +81,15 @@ class FileSource:
 
     def read(self, uri: str) -> bytes:
         """The file's bytes."""
-        return (self.root / uri).read_bytes()
+        path = self._path(uri)
+        if path.stat().st_size > MAX_MEMBER_BYTES:
+            raise ImageError("the file is larger than 1 GiB")
+        return path.read_bytes()
 
     def key(self, uri: str) -> str:
         """Hash of the file."""
-        return content_key(self.read(uri))
+        with self._path(uri).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:24]
 
     def camera(self, uri: str) -> Camera | None:
         """Files carry their camera inside (EXIF), if at all."""
@@ -81,52 +97,7 @@ class FileSource:
 
     def stamp(self, uri: str) -> str:
         """Path, size, time."""
-        return file_stamp(self.root / uri)
-
-
-class RemoteSource:
-    """Image files below an fsspec URL (``s3://``, ``gs://``, ``hf://``, ``memory://`` ...)."""
-
-    keyed_by_bytes = True
-
-    def __init__(self, url: str) -> None:
-        """Lists the files below the URL."""
-        import fsspec
-
-        try:
-            self.files, root = fsspec.core.url_to_fs(url)
-            found = self.files.find(root)
-        except (ValueError, ImportError, OSError) as error:
-            raise UsageError(f"images={url}: cannot be listed ({error}).") from error
-        self.root = root.rstrip("/")
-        self.names = sorted(n for n in found if Path(n).suffix.lower() in IMAGE_SUFFIXES)
-        if not self.names:
-            raise UsageError(f"images={url}: {len(found)} files, no image among them.")
-
-    def list(self) -> list[str]:
-        """Names relative to the URL, sorted."""
-        return [name.removeprefix(self.root).lstrip("/") or name for name in self.names]
-
-    def _path(self, uri: str) -> str:
-        return uri if uri == self.root else f"{self.root}/{uri}"
-
-    def read(self, uri: str) -> bytes:
-        """The object's bytes."""
-        return self.files.cat_file(self._path(uri))
-
-    def key(self, uri: str) -> str:
-        """Hash of the object."""
-        return content_key(self.read(uri))
-
-    def camera(self, uri: str) -> Camera | None:
-        """None: only what the image itself says."""
-        return None
-
-    def stamp(self, uri: str) -> str:
-        """What the store says of the object, if it says anything that changes."""
-        about = self.files.info(self._path(uri))
-        version = about.get("ETag") or about.get("etag") or about.get("mtime") or ""
-        return f"{self.files.protocol}|{uri}|{about.get('size')}|{version}" if version else ""
+        return readable(file_stamp(self._path(uri)))
 
 
 class LayoutSource(FileSource):
@@ -188,7 +159,7 @@ class Bundle:
 
     keyed_by_bytes = False
 
-    def __init__(self, files: FileSource, parts: dict[str, Source]) -> None:
+    def __init__(self, files: Source, parts: dict[str, Source]) -> None:
         """``files`` for plain images, ``parts`` by relative path."""
         self.files, self.parts = files, parts
         self.names = sorted(
@@ -230,18 +201,33 @@ def suffix_of(name: str) -> str:
 
 
 def walk(root: Path) -> list[str]:
-    """Usable files below ``root`` by suffix, hidden ones left out; refuses when there are none."""
+    """Usable files below ``root`` by suffix, hidden ones left out; refuses when there are none.
+
+    Links are followed, but not in circles; a link to nothing is listed, so that reading it fails.
+    """
     found, others = [], Counter[str]()
-    cut = len(os.path.join(root, ""))  # noqa: PTH118
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in files:
-            if name.startswith("."):
-                continue
-            if suffix_of(name) in SUFFIXES:
-                found.append(os.path.join(folder, name)[cut:])  # noqa: PTH118
-            else:
-                others[suffix_of(name) or "no suffix"] += 1
+    todo: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (os.path.realpath(root),))]
+    while todo:
+        folder, prefix, trail = todo.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    if not entry.is_symlink():
+                        todo.append((entry.path, f"{name}/", trail))
+                        continue
+                    target = os.path.realpath(entry.path)
+                    here = os.path.realpath(folder)
+                    if target not in trail and not f"{here}/".startswith(f"{target}/"):
+                        todo.append((entry.path, f"{name}/", (*trail, target)))
+                elif suffix_of(name) not in SUFFIXES:
+                    others[suffix_of(name) or "no suffix"] += 1
+                elif entry.is_file() or entry.is_symlink():
+                    found.append(name)
+                else:
+                    others["pipe or device"] += 1
     if not found:
         seen = ", ".join(f"{n} x {s}" for s, n in others.most_common(4)) or "nothing, it is empty"
         raise UsageError(
@@ -253,20 +239,38 @@ def walk(root: Path) -> list[str]:
 
 def open_files(root: Path, names: list[str], video: dict[str, Any]) -> Source:
     """Plain images as they are; tars, tables and videos opened as the sources they are."""
-    openers: dict[str, Callable[[Path], Source]] = {".tar": TarSource}
+    files, parts = sorted_out(names, lambda name: local(root / name), video)
+    plain = FileSource(root, files)
+    return Bundle(plain, parts) if parts else plain
+
+
+def open_remote(url: str, video: dict[str, Any]) -> Source:
+    """The same below an fsspec URL."""
+    remote = RemoteFiles(url)
+    usable = [n for n in remote.names if suffix_of(n) in SUFFIXES]
+    if not usable:
+        raise UsageError(f"images={url}: {len(remote.names)} files, no image among them.")
+    remote.names, parts = sorted_out(usable, remote.file, video)
+    return Bundle(remote, parts) if parts else remote
+
+
+def sorted_out(
+    names: list[str], file: Callable[[str], File], video: dict[str, Any]
+) -> tuple[list[str], dict[str, Source]]:
+    """Names of plain images, and a source for each file that holds several."""
+    openers: dict[str, Callable[[File], Source]] = {".tar": TarSource}
     openers |= {suffix: TableSource for suffix in TABLE_SUFFIXES}
-    openers |= {suffix: lambda path: VideoSource(path, **video) for suffix in VIDEO_SUFFIXES}
+    openers |= {suffix: lambda one: VideoSource(one, **video) for suffix in VIDEO_SUFFIXES}
     plain = [n for n in names if suffix_of(n) not in openers]
-    parts = {n: openers[suffix_of(n)](root / n) for n in names if suffix_of(n) in openers}
-    files = FileSource(root, plain)
-    return Bundle(files, parts) if parts else files
+    parts = {readable(n): openers[suffix_of(n)](file(n)) for n in names if suffix_of(n) in openers}
+    return plain, parts
 
 
 def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
     """A source by what ``images`` is; ``video``: ``fps`` and ``scene_change`` (`VideoSource`)."""
     clip = {"fps": 1.0, "scene_change": None} | (video or {})
     if "://" in images:
-        return RemoteSource(images)
+        return open_remote(images, clip)
     layout, _, root = images.partition(":")
     if root and Path(root).expanduser().is_dir() and not Path(images).exists():
         return LayoutSource(layout, Path(root).expanduser())
@@ -280,11 +284,12 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
     if path.is_file():
         return open_files(path.parent, [path.name], clip)
     if any(c in images for c in "*?["):
-        anchor = Path(path.anchor or ".")
-        names = [str(p) for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file()]
+        fixed = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
+        above, pattern = Path(*path.parts[:fixed]), str(Path(*path.parts[fixed:]))
+        names = [str(p.relative_to(above)) for p in above.glob(pattern) if p.is_file()]
         if not names:
             raise UsageError(f"images={images}: the pattern matches no file.")
-        return open_files(Path(), names, clip)
+        return open_files(above, names, clip)
     raise UsageError(f"images={images}: no such file or folder; expected {WHAT}.")
 
 

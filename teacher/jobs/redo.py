@@ -1,0 +1,55 @@
+"""What earlier runs sealed is hashed before a job goes on; a damaged shard is labelled again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from teacher.jobs.commit import Lease, discard, patiently
+from teacher.shards import DamagedLabelSetError, seal_path, shard_name, shard_problem
+
+
+def set_aside_damaged(
+    folder: Path, numbers: Sequence[int], meta: dict[str, Any], *, threads: int
+) -> dict[int, str]:
+    """Hash the sealed shards ``numbers``; take the seal and the tar of damaged ones away.
+
+    Returns shard number -> what was wrong with it. Only what was judged is deleted, under the
+    shard's lease: first the tar, then the seal, so that a damaged tar never stands there unsealed.
+    """
+    judge = lambda n: patiently(  # noqa: E731
+        lambda: shard_problem(folder, n, meta), what=f"reading {shard_name(n)}"
+    )
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=len(numbers), desc="verify", unit="shard", mininterval=1, leave=False) as bar,
+    ):
+        bad = []
+        for number, problem in zip(numbers, pool.map(judge, numbers), strict=True):
+            if problem:
+                bad.append(number)
+            bar.update()
+    return {n: problem for n in bad if (problem := _set_aside(folder, n, meta))}
+
+
+def _set_aside(folder: Path, number: int, meta: dict[str, Any]) -> str:
+    lease = Lease(folder, shard_name(number))
+    if not lease.take():
+        return ""  # somebody else mends it
+    try:
+        seal = seal_path(folder, number)
+        paths = [p for p in (seal.with_suffix(".tar"), seal) if p.exists()]
+        inodes = [p.stat().st_ino for p in paths]
+        problem = shard_problem(folder, number, meta)
+        if "another plan" in problem:  # whole, and somebody's work
+            raise DamagedLabelSetError(f"{folder}: {problem}. Move it to where it belongs.")
+        if problem:
+            for path, inode in zip(paths, inodes, strict=True):
+                discard(path, inode=inode)
+        return problem
+    finally:
+        lease.drop()

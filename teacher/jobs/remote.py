@@ -1,0 +1,68 @@
+"""Image files below an fsspec URL (``s3://``, ``gs://``, ``hf://``, ``memory://`` ...)."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from teacher.errors import UsageError
+from teacher.jobs.containers import File
+from teacher.label import Camera
+from teacher.shards import content_key
+
+
+class RemoteFiles:
+    """Files of an object store by their names relative to the URL."""
+
+    keyed_by_bytes = True
+
+    def __init__(self, url: str) -> None:
+        """Lists the files below the URL; ``names`` may be narrowed by the caller."""
+        import fsspec
+
+        try:
+            self.files, root = fsspec.core.url_to_fs(url)
+            found = self.files.find(root)
+        except (ValueError, ImportError, OSError) as error:
+            raise UsageError(f"images={url}: cannot be listed ({error}).") from error
+        self.root = root.rstrip("/")
+        self.names = [self._name(path) for path in sorted(found)]
+
+    def _name(self, path: str) -> str:
+        inside = path.removeprefix(self.root).lstrip("/")
+        return inside or PurePosixPath(path).name  # the URL is that of one file
+
+    def _path(self, uri: str) -> str:
+        alone = self.names == [uri] and PurePosixPath(self.root).name == uri
+        return self.root if alone else f"{self.root}/{uri}"
+
+    def file(self, uri: str) -> File:
+        """A file that holds several images: opened where it lies, read by offset."""
+        path = self._path(uri)
+        return File(
+            path=Path(uri), open=lambda: self.files.open(path, "rb"), stamp=lambda: self._mark(path)
+        )
+
+    def list(self) -> list[str]:
+        """Names relative to the URL, sorted."""
+        return self.names
+
+    def read(self, uri: str) -> bytes:
+        """The object's bytes."""
+        return self.files.cat_file(self._path(uri))
+
+    def key(self, uri: str) -> str:
+        """Hash of the object."""
+        return content_key(self.read(uri))
+
+    def camera(self, uri: str) -> Camera | None:
+        """None: only what the image itself says."""
+        return None
+
+    def stamp(self, uri: str) -> str:
+        """What the store says of the object, if it says anything that changes."""
+        return self._mark(self._path(uri))
+
+    def _mark(self, path: str) -> str:
+        about = self.files.info(path)
+        version = about.get("ETag") or about.get("etag") or about.get("mtime") or ""
+        return f"{self.files.protocol}|{path}|{about.get('size')}|{version}" if version else ""
