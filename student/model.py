@@ -20,6 +20,8 @@ from student.dpt import DptDecoder
 from student.heads import InstancesHead, NormalsHead, SemanticHead
 
 TASKS = ("depth", "normals", "semantic", "instances")
+NEAREST = 1e-3  # canonical metres that a calibrated depth cannot go below
+LARGEST = {"depth_uncertainty": 20.0, "normals_uncertainty": 180.0}
 DECODERS = {"fpn": Decoder, "dpt": DptDecoder}
 
 
@@ -49,6 +51,8 @@ class Student(nn.Module):
         decoder_stride: 2 or 4; the heads' sub-pixels do the rest.
         depth_head: ``log``, ``bins`` or ``mixture`` (`student.depth_heads`).
         uncertainty: whether each task also predicts its uncertainty.
+        calibration: constants fitted to truth after training: ``depth`` [a, b] for a depth + b
+            (canonical metres), ``TASK_uncertainty`` [g, p] for g u^p.
         pretrained: start from `timm`'s weights of that name.
         backbone_weights: or from a local .safetensors file.
         backbone_licence: licence of that file; "" takes what the file or `timm` says.
@@ -76,6 +80,7 @@ class Student(nn.Module):
         decoder_stride: int = 2,
         depth_head: str = "log",
         uncertainty: bool = True,
+        calibration: Mapping[str, Sequence[float]] | None = None,
         pretrained: bool = False,
         backbone_weights: str = "",
         backbone_licence: str = "",
@@ -95,6 +100,7 @@ class Student(nn.Module):
             "decoder_stride": int(decoder_stride),
             "depth_head": str(depth_head),
             "uncertainty": bool(uncertainty),
+            "calibration": {k: [float(x) for x in v] for k, v in (calibration or {}).items()},
         }
         self._check(tasks)
         self.tasks: tuple[str, ...] = tuple(self.config["tasks"])
@@ -138,6 +144,12 @@ class Student(nn.Module):
         for name, known in (("decoder", DECODERS), ("depth_head", DEPTH_HEADS)):
             if self.config[name] not in known:
                 raise StudentError(f"student {name}={self.config[name]!r}: expected {list(known)}")
+        strange = sorted(set(self.config["calibration"]) - {"depth", *LARGEST})
+        if strange or any(len(v) != 2 for v in self.config["calibration"].values()):
+            raise StudentError(
+                f"student calibration={self.config['calibration']}: expected two numbers each for "
+                f"some of {['depth', *LARGEST]}"
+            )
         stride, base = self.config["decoder_stride"], self.config["decoder_channels"]
         if stride not in (2, 4) or base < 8:
             raise StudentError(
@@ -189,4 +201,9 @@ class Student(nn.Module):
         answer: dict[str, Tensor] = {}
         for head in self.heads.values():
             answer.update(head(x))
+        for name, (a, b) in self.config["calibration"].items():
+            if name == "depth":
+                answer[name] = (a * answer[name] + b).clamp(min=NEAREST)
+            else:
+                answer[name] = (a * answer[name] ** b).clamp(max=LARGEST[name])
         return answer

@@ -4,6 +4,7 @@ import pytest
 from distill.augment import (
     GREY,
     Window,
+    cutmix,
     letterbox,
     mirrored_normals,
     photometric,
@@ -161,3 +162,50 @@ def test_photometric_changes_light_only_and_follows_its_generator():
     # still the same picture in the same place
     grey = image.mean(-1).ravel()
     assert min(np.corrcoef(grey, r.mean(-1).ravel())[0, 1] for r in runs) > 0.4
+
+
+def test_cutmix_pastes_image_and_labels_of_one_rectangle():
+    def sample(value: float, number: int) -> dict[str, np.ndarray]:
+        return {
+            "image": np.full((3, 20, 30), value, np.float32),
+            "depth": np.full((1, 20, 30), 10 * value, np.float32),
+            "normals": np.full((3, 20, 30), -value, np.float32),
+            "semantic": np.full((20, 30), number, np.int64),
+            "instances": np.full((20, 30), number, np.int32),
+            "focal_px": np.array(30.0, np.float32),
+            "camera_known": np.array(True),
+            "depth_space": np.array(0),
+        }
+
+    for seed in range(40):
+        mixed = cutmix(np.random.default_rng(seed), sample(0.25, 1), sample(0.5, 2))
+        pasted = mixed["depth"][0] == 5.0
+        rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
+        box = np.zeros((20, 30), bool)
+        box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+        assert (pasted == box).all() and 0.07 < box.mean() < 0.45
+        assert (mixed["image"] == np.where(box, 0.5, 0.25)).all()
+        assert (mixed["normals"] == np.where(box, -0.5, -0.25)).all()
+        assert (mixed["semantic"] == np.where(box, 2, 1)).all()
+        assert (mixed["instances"] == np.where(box, 2 + 65536, 1)).all()
+        assert not mixed["camera_known"] and mixed["focal_px"] == 30
+    other = sample(0.5, 2) | {"depth_space": np.array(2)}
+    alone = cutmix(np.random.default_rng(0), sample(0.25, 1), other)
+    assert (alone["depth"] == 2.5).all() and alone["camera_known"]
+
+
+def test_photometric_changes_are_those_that_are_named(monkeypatch):
+    """With every random number in the middle of its range one pixel can be worked out by hand."""
+
+    class Middle:
+        def normal(self, mean, sigma, size=None):
+            return np.full(size, 0.1) if size else 0.1
+
+        def uniform(self, low=0.0, high=1.0):
+            return (low + high) / 2
+
+    image = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    got = photometric(Middle(), image)
+    x = np.array([200, 100, 50]) / 255 * np.exp(0.2)  # exposure 0.1 and white balance 0.1
+    x = np.clip(x, 0, 1) ** 1.05  # contrast 1, saturation 1, gamma 1.05; no noise, blur, JPEG
+    assert np.abs(got[0, 0] - x * 255).max() <= 1

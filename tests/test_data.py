@@ -7,6 +7,7 @@ from analytic_scenes import CLASSES, analytic_label
 
 from distill.augment import GREY
 from distill.data import DataModule, in_validation, merged_classes, schedule, split_keys
+from distill.instances import center_offset
 from distill.samples import Frame, compact, make_sample
 from teacher.errors import UsageError
 from teacher.label import Label, Task
@@ -73,7 +74,7 @@ def test_classes_without_a_channel_are_unknown_and_ids_map_in_order():
     label.values[Task.SEMANTIC][:10] = 300
     label.values[Task.SEMANTIC][40:] = 65535
     frame = dataclasses.replace(FRAME, class_ids=(2, 300))
-    sample = make_sample(compact(label, FRAME), frame, rng=None, mode="none")
+    sample = make_sample(compact(label, frame), frame, rng=None, mode="none")
     assert (sample["semantic"][:10] == 1).all() and (sample["semantic"][10:] == -1).all()
 
 
@@ -188,3 +189,117 @@ def test_bad_uses_are_explained(scenes):
         DataModule([InMemory([])], frame=FRAME)
     with pytest.raises(UsageError, match="class 1 is 'wall' in one label set and 'door'"):
         merged_classes([scenes, InMemory([], {1: "door"})])
+
+
+def test_centres_and_offsets_by_hand():
+    ids = np.zeros((6, 9), np.int32)
+    ids[1:4, 1:4] = 7
+    ids[5, 8] = 9
+    ids[0, 8] = -1
+    heat, dx, dy = center_offset(ids)
+    assert heat[2, 2] == heat[5, 8] == 1
+    assert heat[2, 3] == pytest.approx(np.exp(-0.5)) and heat[4, 2] == pytest.approx(np.exp(-2))
+    assert dx[1:4, 1:4].tolist() == [[1, 0, -1]] * 3
+    assert dy[1:4, 1:4].tolist() == [[1] * 3, [0] * 3, [-1] * 3]
+    assert dx[0, 0] == dy[0, 0] == dx[5, 8] == 0
+    assert np.isnan([heat[0, 8], dx[0, 8], dy[0, 8]]).all()
+    assert (center_offset(np.zeros((3, 4), np.int32)) == 0).all()
+
+
+def test_a_sample_knows_its_camera_and_its_instances():
+    label = analytic_label(1)
+    label.values[Task.INSTANCES] = np.zeros((48, 64), np.uint16)
+    label.values[Task.INSTANCES][10:20, 5:9] = 300
+    frame = dataclasses.replace(FRAME, tasks=("depth", "instances"), height=96, width=160)
+    sample = make_sample(compact(label, frame), frame, rng=None, mode="none")
+    # whole picture twice as large, 16 unknown columns left and right
+    assert sample["centre_px"].tolist() == [2 * (label.camera.cx + 0.5) - 0.5 + 16, 47.5]
+    assert not sample["camera_known"]  # an assumed camera
+    ids = sample["instances"]
+    assert (ids[20:40, 26:34] == 300).all() and (ids == 300).sum() == 160
+    assert (ids[:, :16] == -1).all() and (ids[:, 144:] == -1).all() and ids[0, 20] == 0
+    known = dataclasses.replace(label, camera=dataclasses.replace(label.camera, source="exif"))
+    assert make_sample(compact(known, frame), frame, rng=None, mode="none")["camera_known"]
+
+
+def test_what_depth_claims_follows_from_its_anchor():
+    label = analytic_label(1)
+    assert compact(label, FRAME).space == 0
+    label.provenance = {"alignment": {"anchor": "depth_pro", "space": "affine disparity"}}
+    assert compact(label, FRAME).space == 0
+    label.provenance = {"alignment": {"anchor": "range", "space": "affine disparity"}}
+    record = compact(label, FRAME)
+    assert record.space == 2
+    assert make_sample(record, FRAME, rng=None, mode="none")["depth_space"] == 2
+
+
+def test_impossible_label_pixels_are_masked_and_counted(scenes):
+    label = analytic_label(1)
+    depth, normals = label.values[Task.DEPTH].copy(), label.values[Task.NORMALS].copy()
+    ids = label.values[Task.SEMANTIC].copy()
+    depth[:2], depth[2, :3] = 0, -1
+    normals[30, :5], normals[31, 0, 0] = 0.1, np.nan
+    ids[20, :7] = 77
+    bad = dataclasses.replace(
+        label, values={Task.DEPTH: depth, Task.NORMALS: normals, Task.SEMANTIC: ids}
+    )
+    data = DataModule([InMemory([bad])], frame=FRAME, val_share=0.0, augment="none", batch_size=2)
+    batch = next(iter(data.train_batches(steps=1)))
+    assert data.bad_pixels() == {"depth": 2 * 64 + 3, "normals": 6, "semantic": 7}
+    assert torch.isnan(batch["depth"][:, :, :2]).all()
+    assert torch.isnan(batch["normals"][:, :, 30, :5]).all()
+    assert (batch["semantic"][:, 20, :7] == -1).all()
+    clean = DataModule([scenes], frame=FRAME, batch_size=4)
+    list(clean.train_batches(steps=2))
+    assert clean.bad_pixels() == {}
+
+
+def test_of_two_teachers_that_disagree_one_is_heard_at_a_time():
+    near, far = (
+        [dataclasses.replace(analytic_label(s), values={}) for s in range(6)] for _ in range(2)
+    )
+    for labels, depth_m in ((near, 2.0), (far, 8.0)):
+        for label in labels:
+            label.values[Task.DEPTH] = np.full((48, 64), depth_m, np.float32)
+    frame = dataclasses.replace(FRAME, tasks=("depth",))
+    data = DataModule(
+        [InMemory(near), InMemory(far)],
+        frame=frame,
+        weights=[3, 1],
+        val_share=0.0,
+        augment="none",
+        batch_size=8,
+    )
+    heard = []
+    for batch in data.train_batches(steps=100):
+        metres = batch["depth"].flatten(1) * (batch["focal_px"] / 50)[:, None]
+        assert (metres.amax(1) - metres.amin(1) < 0.01).all()
+        heard += metres[:, 0].tolist()
+    assert {round(m) for m in heard} == {2, 8}
+    assert np.mean(np.array(heard) < 5) == pytest.approx(0.75, abs=0.05)
+
+
+def test_processes_share_every_batch_and_miss_nothing(scenes):
+    data = DataModule([scenes], frame=FRAME, batch_size=4, augment="strong")
+    whole = list(data.train_batches(steps=3))
+    parts = [list(data.train_batches(steps=3, rank=r, world=2)) for r in (0, 1)]
+    for step in range(3):
+        for r in (0, 1):
+            mine = {k: v[r::2] for k, v in whole[step].items()}
+            assert equal(mine, parts[r][step])
+    later = list(data.train_batches(steps=3, start=2, rank=1, world=2))
+    assert len(later) == 1 and equal(later[0], parts[1][2])
+    with pytest.raises(UsageError, match="multiple of the 3 processes"):
+        data.train_batches(steps=1, world=3)
+
+
+def test_cutmix_and_clean_pictures_come_with_strong_augmentation_only(scenes, monkeypatch):
+    monkeypatch.setattr("distill.data.CUTMIX_SHARE", 1.0)
+    frame = dataclasses.replace(FRAME, clean=True)
+    data = DataModule([scenes], frame=frame, batch_size=4, val_share=0.0)
+    sample = data._train_sample(0, 0, 0)
+    assert sample["clean"].shape == sample["image"].shape and not sample["camera_known"]
+    assert (sample["clean"] != sample["image"]).mean() > 0.5
+    plain = DataModule([scenes], frame=frame, batch_size=4, val_share=0.0, augment="geometry")
+    sample = plain._train_sample(0, 0, 0)
+    assert (sample["clean"] == sample["image"]).all()

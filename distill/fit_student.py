@@ -1,0 +1,109 @@
+"""A trained student fitted to truth: metres and uncertainties, as constants of its own graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.samples import Frame, compact, make_sample
+from distill.scale_fit import Fit, Pair, fit_scale, fit_uncertainty
+from student.checkpoint import load_student, save_student
+from student.model import Student
+from teacher.errors import UsageError
+from teacher.metrics import angles_deg
+from teacher.store import LabelSet
+
+POINTS = 2000  # per image that enter a fit, evenly spread
+
+
+def fit_student(
+    *, checkpoint: str, labels: str, out: str, limit: int | None = 200
+) -> dict[str, Any]:
+    """Write a copy of a student whose depth and uncertainties are fitted to true labels.
+
+    Args:
+        checkpoint: a ``student.safetensors``; may be the result of an earlier fit, which is undone.
+        labels: label set with the truth (dense or a few points) of images it has not learnt from.
+        out: the new ``student.safetensors``.
+        limit: at most so many images, evenly spread; None: all.
+
+    Returns:
+        ``summary``; ``depth``, ``depth_uncertainty``, ``normals_uncertainty``: `scale_fit.Fit` as
+        JSON, for what student and labels both have; ``images``.
+    """
+    if Path(out).suffix != ".safetensors":
+        raise UsageError(f"out={out}: expected a file name that ends in .safetensors")
+    old = load_student(checkpoint)
+    model = Student(**{**old.config, "calibration": {}}).eval()
+    model.load_state_dict(old.state_dict())
+    truth = LabelSet(labels)
+    step = max(1, len(truth.keys) // limit) if limit else 1
+    keys = truth.keys[::step][:limit]
+    if not keys:
+        raise UsageError(f"labels={labels}: no labelled image in it")
+    pairs = measured(model, truth, keys)
+    found: dict[str, Fit] = {}
+    if "depth" in pairs:
+        found["depth"] = fit_scale(keys, pairs["depth"])
+        a, b = found["depth"].values
+        errors = [
+            (u, np.abs(np.log(np.maximum(a * d + b, 1e-3) / t)))
+            for u, (d, t) in zip(pairs["depth_u"], pairs["depth"], strict=True)
+        ]
+        if model.config["uncertainty"]:
+            found["depth_uncertainty"] = fit_uncertainty(keys, errors)
+    if "normals" in pairs and model.config["uncertainty"]:
+        found["normals_uncertainty"] = fit_uncertainty(keys, pairs["normals"])
+    kept = {name: list(fit.values) for name, fit in found.items() if fit.kept}
+    fitted = Student(**{**old.config, "calibration": kept}).eval()
+    fitted.load_state_dict(old.state_dict())
+    about = {name: fit.to_json() for name, fit in found.items()}
+    domain = {"plan_hash": truth.meta["plan_hash"], "images": len(keys)}
+    save_student(fitted, out, old.provenance | {"calibration": {"domain": domain, **about}})
+    shown = "; ".join(
+        f"{name} {'x'.join(f'{v:.3g}' for v in fit.values) if fit.kept else 'as it was'} "
+        f"({fit.before:.3g} -> {fit.after:.3g})"
+        for name, fit in found.items()
+    )
+    return {"summary": f"{out}: {shown}", "images": len(keys), **about}
+
+
+@torch.inference_mode()
+def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list[Any]]:
+    """Per image what the fits need, at the student's size, in its canonical camera.
+
+    ``depth``: (depth, true depth) [n]; ``depth_u``: its uncertainty [n]; ``normals``: (uncertainty,
+    angle) in degrees. Only for tasks that the student has; images without truth give empty arrays.
+    """
+    frame = Frame(
+        height=model.config["height"],
+        width=model.config["width"],
+        canonical_focal_px=model.canonical_focal_px,
+        tasks=tuple(t for t in model.tasks if t in ("depth", "normals")),
+    )
+    pairs: dict[str, list[Any]] = {}
+    for key in keys:
+        sample = make_sample(compact(truth[key], frame), frame, rng=None, mode="none")
+        answer = model(torch.from_numpy(sample["image"])[None])
+        said = {k: v[0].float().numpy() for k, v in answer.items()}
+        if "depth" in said:
+            t = sample["depth"][0]
+            at = _spread(np.isfinite(t))
+            pairs.setdefault("depth", []).append((said["depth"][0][at], t[at]))
+            u = said.get("depth_uncertainty", said["depth"])[0]
+            pairs.setdefault("depth_u", []).append(u[at])
+        if "normals_uncertainty" in said:
+            angle, _ = angles_deg(*(v["normals"].transpose(1, 2, 0) for v in (said, sample)))
+            at = _spread(~np.isnan(angle))
+            pair: Pair = (said["normals_uncertainty"][0][at], angle[at])
+            pairs.setdefault("normals", []).append(pair)
+    return pairs
+
+
+def _spread(mask: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Indices of at most `POINTS` pixels of a mask, evenly spread over it."""
+    flat = np.flatnonzero(mask)
+    return np.unravel_index(flat[:: max(1, len(flat) // POINTS)], mask.shape)

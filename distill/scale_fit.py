@@ -1,0 +1,174 @@
+"""A student made right for one camera or place: its depth's scale, its uncertainties' size.
+
+A few true measurements give a and b of ``depth -> a depth + b`` and, per task, g and p of
+``u -> g u^p``, all in closed form (p by a search along a line). Each is kept only if images that it
+was not fitted on get better by more than chance: otherwise the student stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FOLDS = 5
+POWERS = (0.25, 2.5)  # of an uncertainty; beyond, it would say something else than it was taught
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Two numbers, and what cross-validation says of them.
+
+    Attributes:
+        values: (a, b) of a depth, (g, p) of an uncertainty; the identity if not kept.
+        kept: whether images that it was not fitted on got better by more than one standard error.
+        before, after: mean loss over images without and with, each image judged by the fit of the
+            others (depth: |ln ratio|; uncertainty: negative log likelihood).
+        images: with something to judge.
+    """
+
+    values: tuple[float, float]
+    kept: bool
+    before: float
+    after: float
+    images: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self) | {"values": list(self.values)}
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def fit_affine(depth: np.ndarray, truth: np.ndarray, *, shift: bool = True) -> tuple[float, float]:
+    """(a, b) that minimise sum ((a d + b - t) / t)^2, in closed form; b = 0 without ``shift``.
+
+    Relative errors, so that near and far points count alike. ``depth`` and ``truth`` are positive,
+    in metres of one camera, any equal shape. Without two different depths the shift stays 0.
+    """
+    d, t = np.asarray(depth, np.float64).ravel(), np.asarray(truth, np.float64).ravel()
+    x, y = d / t, 1 / t  # a x + b y = 1
+    xx, xy, yy, sx, sy = x @ x, x @ y, y @ y, x.sum(), y.sum()
+    determinant = xx * yy - xy * xy
+    if not shift or determinant <= 1e-9 * xx * yy:
+        return float(sx / xx), 0.0
+    return float((sx * yy - sy * xy) / determinant), float((sy * xx - sx * xy) / determinant)
+
+
+def fit_power(uncertainty: np.ndarray, error: np.ndarray) -> tuple[float, float]:
+    """(g, p) that minimise the mean of log u' + e / u' for u' = g u^p.
+
+    That is the negative log likelihood of a Laplace scale (log depth) or of an exponential mean
+    (angle), up to a constant. For a given p, g = mean(e / u^p) exactly; p by golden section.
+    """
+    log_u = np.log(np.maximum(np.asarray(uncertainty, np.float64).ravel(), 1e-6))
+    e = np.abs(np.asarray(error, np.float64).ravel())
+
+    def loss(power: float) -> float:
+        return math.log(max(float((e * np.exp(-power * log_u)).mean()), 1e-12)) + power * float(
+            log_u.mean()
+        )
+
+    low, high = POWERS
+    while high - low > 1e-4:
+        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        low, high = (low, right) if loss(left) < loss(right) else (left, high)
+    power = (low + high) / 2
+    return float((e * np.exp(-power * log_u)).mean()), power
+
+
+def log_ratio(pair: Pair, values: tuple[float, float]) -> float:
+    """Mean |ln((a d + b) / t)| of one image; depths are kept above a millimetre."""
+    depth, truth = (np.asarray(v, np.float64) for v in pair)
+    changed = np.maximum(values[0] * depth + values[1], 1e-3)
+    return float(np.abs(np.log(changed / truth)).mean())
+
+
+def likelihood(pair: Pair, values: tuple[float, float]) -> float:
+    """Mean of log u' + e / u' of one image, u' = g u^p."""
+    uncertainty, error = (np.asarray(v, np.float64) for v in pair)
+    u = np.maximum(values[0] * np.maximum(uncertainty, 1e-6) ** values[1], 1e-9)
+    return float((np.log(u) + np.abs(error) / u).mean())
+
+
+def cross_validated(
+    keys: Sequence[str],
+    pairs: Sequence[Pair],
+    fit: Callable[[np.ndarray, np.ndarray], tuple[float, float]],
+    loss: Callable[[Pair, tuple[float, float]], float],
+    *,
+    identity: tuple[float, float],
+) -> Fit:
+    """Fit on all images; keep it only if it helps those that a fold's fit has not seen.
+
+    Args:
+        keys: of the images, which alone decide the folds.
+        pairs: per image the two arrays that ``fit`` and ``loss`` take, equally long.
+        fit: concatenated arrays -> the two numbers.
+        loss: one image's arrays and the numbers -> its loss.
+        identity: the numbers that change nothing.
+    """
+    used = [(k, p) for k, p in zip(keys, pairs, strict=True) if len(p[0])]
+    if len(used) < 2:
+        return Fit(values=identity, kept=False, before=math.nan, after=math.nan, images=len(used))
+    order = sorted(used, key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    folds = min(FOLDS, len(order))
+    gains, before, after = [], [], []
+    for fold in range(folds):
+        others = [p for i, (_, p) in enumerate(order) if i % folds != fold]
+        values = fit(*_joined(others))
+        for _, pair in order[fold::folds]:
+            before.append(loss(pair, identity))
+            after.append(loss(pair, values))
+            gains.append(before[-1] - after[-1])
+    chance = float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
+    kept = float(np.mean(gains)) > chance
+    values = fit(*_joined([p for _, p in order])) if kept else identity
+    return Fit(
+        values=values,
+        kept=kept,
+        before=float(np.mean(before)),
+        after=float(np.mean(after)),
+        images=len(order),
+    )
+
+
+def _joined(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+    first, second = zip(*pairs, strict=True)
+    return np.concatenate(first), np.concatenate(second)
+
+
+def fit_scale(keys: Sequence[str], depths: Sequence[Pair]) -> Fit:
+    """The scale, or scale and shift, of a student's depth against true depths, if either helps.
+
+    Args:
+        keys: of the images.
+        depths: per image (student's depth, true depth) at the measured points [n], metres.
+    """
+
+    def scale_only(d: np.ndarray, t: np.ndarray) -> tuple[float, float]:
+        return fit_affine(d, t, shift=False)
+
+    found = [
+        cross_validated(keys, depths, way, log_ratio, identity=(1.0, 0.0))
+        for way in (scale_only, fit_affine)
+    ]
+    kept = [f for f in found if f.kept] or found[:1]
+    return min(kept, key=lambda f: f.after)
+
+
+def fit_uncertainty(keys: Sequence[str], pairs: Sequence[Pair]) -> Fit:
+    """Gain and power of an uncertainty against true errors, if they help.
+
+    Args:
+        keys: of the images.
+        pairs: per image (uncertainty, |error|) at the judged pixels [n]; log depth or degrees.
+    """
+    return cross_validated(keys, pairs, fit_power, likelihood, identity=(1.0, 1.0))

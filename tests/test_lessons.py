@@ -1,0 +1,261 @@
+"""What a lesson can do beside learning: patience, captures, features, init=, precision, report."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from analytic_scenes import write_analytic_set
+from safetensors.torch import save_file
+from test_train import STUDENT, TRAINER
+
+from distill import capture, conductor
+from distill.capture import replay
+from distill.features import TOLERANCE, feature_loss, frozen
+from distill.journal import Journal
+from distill.lesson_report import curve, read_rows, write_report
+from distill.module import Lesson, layers_of, parameter_groups
+from distill.train import train
+from distill.trainer import trainer_config
+from student.checkpoint import load_student
+from student.model import Student
+from teacher.errors import UsageError
+
+SHORT = {**TRAINER, "steps": 4, "val_every": 2, "checkpoint_every": 1}
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("sets") / "analytic"
+    write_analytic_set(out, n=12, height=32, width=48)
+    return str(out)
+
+
+@pytest.fixture
+def lesson(tmp_path, monkeypatch) -> Lesson:
+    """A lesson outside Lightning."""
+    student = Student(**{**STUDENT, "tasks": ["depth"]})
+    made = Lesson(student, trainer_config({**TRAINER, "accumulate": 2}), folder=tmp_path)
+    optimizer = made.configure_optimizers()
+    monkeypatch.setattr(made, "optimizers", lambda: optimizer)
+    monkeypatch.setattr(made, "manual_backward", lambda loss: loss.backward())
+    monkeypatch.setattr(Lesson, "device", torch.device("cpu"))
+    return made
+
+
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "image": torch.rand(4, 3, 32, 64),
+        "depth": torch.rand(4, 1, 32, 64) + 1,
+        "depth_uncertainty": torch.full((4, 1, 32, 64), NAN),
+    }
+
+
+def test_accumulated_gradients_are_the_mean_of_the_passes(lesson):
+    from distill.losses import all_losses
+
+    whole = batch()
+    lesson._backward(whole)
+    got = [p.grad.clone() for p in lesson.student.parameters()]
+    lesson.student.zero_grad()
+    for part in (0, 1):
+        piece = {k: v[part::2] for k, v in whole.items()}
+        (all_losses(lesson.student(piece["image"]), piece)["total"] / 2).backward()
+    for a, b in zip(got, lesson.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_scales_the_loss_and_an_overflow_costs_one_step(lesson):
+    lesson.set_precision("fp16")
+    assert lesson.loss_scale == 2.0**14
+    before = {k: v.clone() for k, v in lesson.student.state_dict().items()}
+    lesson.training_step(batch(), 0)
+    norm = float(lesson.last["grad_norm"])
+    assert 0 < norm < 1e3 and lesson.skipped == 0  # unscaled again
+    assert any(not torch.equal(before[k], v) for k, v in lesson.student.state_dict().items())
+    before = {k: v.clone() for k, v in lesson.student.state_dict().items()}
+    lesson.loss_scale = 2.0**126
+    lesson.training_step(batch(), 1)
+    assert lesson.loss_scale == 2.0**125 and lesson.skipped == 0 and lesson.skipped_in_a_row == 1
+    assert all(torch.equal(before[k], v) for k, v in lesson.student.state_dict().items())
+    assert not list(lesson.folder.glob("bad-step-*"))
+
+
+def test_a_bad_step_is_kept_and_runs_again(lesson, monkeypatch):
+    monkeypatch.setattr(capture, "KEPT", 2)
+    bad = batch()
+    bad["image"][1, 0, 3, 3] = NAN
+    lesson.training_step(batch(), 0)
+    weights = {k: v.clone() for k, v in lesson.student.state_dict().items()}
+    for number in (1, 2, 3):
+        lesson.training_step(bad, number)
+    found = sorted(p.name for p in lesson.folder.iterdir())
+    assert found == ["bad-step-0000002.safetensors", "bad-step-0000003.safetensors"]
+    again = replay(lesson.folder / found[0])
+    assert again["step"] == 2 and math.isnan(again["losses"]["total"])
+    assert "batch image" in again["not_finite"] and "loss total" in again["not_finite"]
+    assert not [n for n in again["not_finite"] if n.startswith("weight")]
+    from safetensors import safe_open
+
+    with safe_open(lesson.folder / found[0], framework="pt") as file:
+        for name, value in weights.items():
+            assert torch.equal(file.get_tensor(f"student.{name}"), value)
+    with pytest.raises(UsageError, match="no captured step"):
+        replay(__file__)
+
+
+def test_layers_are_counted_from_the_stem_and_slow_down_towards_it():
+    names = ["s.weight", "b.0.w", "b.0.n.w", "b.1.0.w", "b.1.1.w", "norm.w"]
+    want = dict(zip(names, [0, 1, 1, 2, 3, 3], strict=True))
+    assert layers_of(names) == want
+    student = Student(backbone="test_vit", height=32, width=32, tasks=["depth"])
+    config = trainer_config({"layer_decay": 0.5, "backbone_lr_factor": 0.2})
+    groups = parameter_groups(student, config)
+    factor = {id(p): g["factor"] for g in groups for p in g["params"]}
+    named = dict(student.named_parameters())
+    assert len(factor) == len(named)
+    depth = max(layers_of([n for n in named if n.startswith("backbone.")]).values())
+    blocks = [n for n in named if ".blocks." in n]
+    assert factor[id(named[blocks[-1]])] == pytest.approx(0.2)
+    patch = next(n for n in named if "patch_embed" in n)
+    assert factor[id(named[patch])] == pytest.approx(0.2 * 0.5**depth)
+    assert factor[id(named["decoder.where.weight"])] == 1.0
+
+
+def test_patience_ends_the_lesson_with_the_best_student(labels, tmp_path, monkeypatch):
+    real, losses = conductor.validate, [3.0, 1.0, 2.0, 1.0, 5.0]
+
+    def worse(*arguments):
+        numbers, picture, worst = real(*arguments)
+        return numbers | {"loss": losses.pop(0)}, picture, worst
+
+    monkeypatch.setattr(conductor, "validate", worse)
+    out = tmp_path / "run"
+    trainer = {**SHORT, "steps": 40, "val_every": 1, "patience": 2}
+    result = train(data=labels, out=str(out), student=STUDENT, trainer=trainer)
+    assert result["steps"] == 4 and "stopped early" in result["summary"]
+    student = load_student(out / "student.safetensors")
+    assert student.provenance["steps"] == 2  # of loss 1.0, seen first
+    assert not (out / "best.safetensors").exists() and not (out / "state.safetensors").exists()
+    with pytest.raises(UsageError, match=r"patience needs held-out images"):
+        trainer_config({"patience": 2, "val_share": 0.0})
+
+
+def test_features_by_hand():
+    aim = torch.zeros(1, 2, 1, 4)
+    aim[0, 0, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    aim[0, 1, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    aim = aim + 100  # what all places share does not count
+    said = torch.tensor([[2.0, 2.0], [1.0, -1.0], [1.0, 0.0], [-1.0, -0.9]]).T.view(1, 2, 1, 4)
+    # cosines: 1 (near enough), -1, 1 / sqrt 2, above the tolerance
+    assert float(1.9 / math.sqrt(2 * 1.81)) > TOLERANCE
+    want = (0 + 2 + (1 - 1 / math.sqrt(2)) + 0) / 4
+    assert feature_loss(said, aim).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_a_frozen_backbone_teaches_and_leaves_nothing_behind(labels, tmp_path, monkeypatch):
+    weights = tmp_path / "vit.safetensors"
+    torch.manual_seed(3)
+    save_file(timm.create_model("test_vit").state_dict(), weights)
+    arguments = {
+        "data": labels,
+        "student": {**STUDENT, "tasks": ["depth"]},
+        "trainer": SHORT,
+        "features": {"name": "test_vit", "weights": str(weights), "weight": 0.5},
+    }
+    result = train(**arguments, out=str(tmp_path / "run"))
+    rows = read_rows(tmp_path / "run" / "metrics.csv")
+    assert all(0 < row["features"] < 2 for row in rows)
+    terms = sum(row["total"] for row in rows)
+    assert result["steps"] == 4 and math.isfinite(terms)
+    student = load_student(tmp_path / "run" / "student.safetensors")
+    assert student.provenance["features"]["name"] == "test_vit"
+    assert [line["role"] for line in student.provenance["licences"]] == ["feature teacher"]
+
+    note = Journal.step
+
+    def crash(journal, lesson):
+        note(journal, lesson)
+        if lesson.step_number == 3:
+            raise MemoryError("as if killed")
+
+    monkeypatch.setattr(Journal, "step", crash)
+    with pytest.raises(MemoryError):
+        train(**arguments, out=str(tmp_path / "again"))
+    monkeypatch.undo()
+    train(**arguments, out=str(tmp_path / "again"))
+    for a, b in zip(rows, read_rows(tmp_path / "again" / "metrics.csv"), strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+    with pytest.raises(UsageError, match="an untrained network has nothing to teach"):
+        frozen({"name": "test_vit"}, height=32, width=64)
+    with pytest.raises(UsageError, match="no such file"):
+        frozen({"name": "test_vit", "weights": "/nowhere"}, height=32, width=64)
+
+
+def test_the_mini_generators_encoder_teaches_too(tmp_path):
+    from teacher.generators.mini_generator import MiniGenerator
+    from teacher.generators.mini_net import MiniNet
+
+    network = {"channels": 8, "width": 24, "image_blocks": 1, "blocks": 1, "heads": 2}
+    network |= {"text_width": 16, "text_layers": 1}
+    net = MiniNet(**network)
+    card = {"network": network, "size": [48, 64]}
+    path = MiniGenerator.save(tmp_path / "mini.safetensors", net.state_dict(), card)
+    teacher = frozen({"name": "mini", "weights": str(path)}, height=32, width=64)
+    with torch.no_grad():
+        maps = teacher(torch.rand(2, 3, 32, 64))
+    height, width = teacher.size
+    assert maps.shape == (2, 24, height // 8, width // 8) and teacher.channels == 24
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_student_starts_from_another_and_says_what_is_new(labels, tmp_path):
+    first = {**STUDENT, "tasks": ["depth", "normals"]}
+    begun = train(data=labels, out=str(tmp_path / "a"), student=first, trainer=SHORT)
+    start = begun["student"]
+    still = {**SHORT, "steps": 1, "lr": 1e-12, "ema_decay": 0.0}
+    result = train(data=labels, out=str(tmp_path / "b"), student=STUDENT, trainer=still, init=start)
+    a, b = load_student(start), load_student(result["student"])
+    for name, value in a.named_parameters():
+        torch.testing.assert_close(dict(b.named_parameters())[name], value, rtol=0, atol=1e-6)
+    assert b.provenance["init"]["fresh"] == ["heads.semantic"]
+    assert len(b.provenance["init"]["sha256"]) == 64
+    other = {**STUDENT, "backbone": "test_resnet"}
+    with pytest.raises(UsageError, match=r"init=.*its backbone is test_efficientnet"):
+        train(data=labels, out=str(tmp_path / "c"), student=other, trainer=still, init=start)
+
+
+def test_a_curve_is_drawn_to_scale_and_skips_what_is_not_finite():
+    rows = [{"step": s, "a": v} for s, v in ((0, 1.0), (5, NAN), (10, 3.0))]
+    drawn = curve(rows, ["a", "absent"], title="a <b>")
+    points = re.search(r'points="([^"]+)"', drawn).group(1).split()
+    assert points == ["52.0,206.0", "480.0,8.0"]  # lowest left, highest right
+    assert "a &lt;b&gt;" in drawn and ">2<" in drawn and "absent" not in drawn
+    assert curve(rows[1:2], ["a"], title="nothing") == ""
+    long = [{"step": s, "a": float(s % 2)} for s in range(5000)]
+    assert curve(long, ["a"], title="long").count(",") < 900
+
+
+def test_the_report_shows_curves_and_the_worst_cases_and_needs_no_network(labels, tmp_path):
+    trainer = {**SHORT, "val_share": 0.4}
+    out = tmp_path / "run"
+    result = train(data=labels, out=str(out), student=STUDENT, trainer=trainer)
+    page = (out / "report.html").read_text()
+    assert result["summary"] in page and "analytic" in page
+    assert page.count("<svg") >= 8 and page.count("<img") == 9  # three cases of three tasks
+    assert not re.search(r"<script|https?://", page)
+    shown = re.findall(r"<b>depth: abs_rel ([0-9.]+)</b>", page)
+    assert shown == sorted(shown, key=float, reverse=True) and len(shown) == 3
+    with (out / "validation.csv").open() as file:
+        assert "boundary_f1" in next(csv.reader(file))
+    Path(out / "metrics.csv").write_text("step,total\n")
+    identity = {"student": {}, "trainer": {"steps": 3}, "data": []}
+    write_report(out, identity, worst=[], result=None)
+    assert "step 0 of 3" in (out / "report.html").read_text()
+    assert np.isnan(read_rows(out / "absent.csv") or [NAN]).all()

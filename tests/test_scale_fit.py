@@ -1,0 +1,93 @@
+import math
+
+import numpy as np
+import pytest
+from analytic_scenes import write_analytic_set
+
+from distill.fit_student import fit_student
+from distill.scale_fit import fit_affine, fit_power, fit_scale, fit_uncertainty
+from student.checkpoint import load_student, save_student
+from student.model import Student
+from teacher.errors import UsageError
+
+KEYS = [f"image{i}" for i in range(12)]
+
+
+def test_an_exact_line_comes_back_and_so_does_a_scale():
+    truth = np.array([1.0, 2.0, 5.0, 9.0])
+    assert fit_affine((truth - 0.5) / 1.25, truth) == pytest.approx((1.25, 0.5))
+    assert fit_affine(truth / 3, truth, shift=False) == pytest.approx((3.0, 0.0))
+    assert fit_affine(np.full(4, 2.0), np.full(4, 3.0)) == pytest.approx((1.5, 0.0))
+
+
+def test_the_closed_form_is_the_least_squares_of_relative_errors():
+    rng = np.random.default_rng(0)
+    d = rng.uniform(1, 10, 50)
+    t = 1.3 * d + 0.4 + rng.normal(0, 0.3, 50) * d
+    t = np.maximum(t, 0.2)
+    want, *_ = np.linalg.lstsq(np.stack([d / t, 1 / t], 1), np.ones(50), rcond=None)
+    assert fit_affine(d, t) == pytest.approx(tuple(want), rel=1e-9)
+
+
+def pairs(change, *, noise: float, images: int = 12, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(images):
+        truth = rng.uniform(1, 8, 40)
+        out.append((change(truth) * np.exp(rng.normal(0, noise, 40)), truth))
+    return out
+
+
+def test_a_wrong_scale_is_mended_and_a_right_one_left_alone():
+    wrong = fit_scale(KEYS, pairs(lambda t: t / 1.5, noise=0.05))
+    assert wrong.kept and wrong.values[0] == pytest.approx(1.5, rel=0.03)
+    assert wrong.after < 0.25 * wrong.before and wrong.images == 12
+    right = fit_scale(KEYS, pairs(lambda t: t, noise=0.2))
+    assert not right.kept and right.values == (1.0, 0.0)
+
+
+def test_a_shift_is_taken_where_only_a_shift_helps():
+    found = fit_scale(KEYS, pairs(lambda t: (t - 0.6) / 1.1, noise=0.01))
+    assert found.kept and found.values == pytest.approx((1.1, 0.6), abs=0.05)
+
+
+def test_a_scale_that_differs_from_image_to_image_is_not_fitted():
+    rng = np.random.default_rng(3)
+    wild = [(t * np.exp(rng.normal(0, 0.5)), t) for t in rng.uniform(1, 8, (12, 40))]
+    assert not fit_scale(KEYS, wild).kept
+
+
+def test_one_image_is_too_few():
+    found = fit_scale(["a", "b"], [(np.ones(3), np.full(3, 2.0)), (np.empty(0), np.empty(0))])
+    assert not found.kept and found.images == 1 and math.isnan(found.before)
+
+
+def test_gain_and_power_of_an_uncertainty_come_back():
+    rng = np.random.default_rng(0)
+    u = np.exp(rng.uniform(-4, 0, 200_000))
+    errors = rng.exponential(0.7 * u**1.6)
+    assert fit_power(u, errors) == pytest.approx((0.7, 1.6), rel=0.02)
+    images = [(p, q) for p, q in zip(np.split(u, 10), np.split(errors, 10), strict=True)]
+    found = fit_uncertainty(KEYS[:10], images)
+    assert found.kept and found.values == pytest.approx((0.7, 1.6), rel=0.02)
+    right = [(v, rng.exponential(v)) for v in np.exp(rng.uniform(-3, 0, (10, 50)))]
+    assert not fit_uncertainty(KEYS[:10], right).kept
+
+
+def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):
+    write_analytic_set(tmp_path / "truth", n=8, height=32, width=48)
+    student = Student(backbone="test_efficientnet", height=32, width=64, tasks=["depth"]).eval()
+    save_student(student, tmp_path / "a.safetensors", {"steps": 3})
+    arguments = {"labels": str(tmp_path / "truth"), "checkpoint": str(tmp_path / "a.safetensors")}
+    first = fit_student(**arguments, out=str(tmp_path / "b.safetensors"))
+    fitted = load_student(tmp_path / "b.safetensors")
+    assert first["images"] == 8 and first["depth"]["after"] <= first["depth"]["before"] + 1e-9
+    assert fitted.provenance["steps"] == 3
+    assert fitted.provenance["calibration"]["depth"] == first["depth"]
+    wanted = {k: v["values"] for k, v in first.items() if isinstance(v, dict) and v["kept"]}
+    assert fitted.config["calibration"] == pytest.approx(wanted)
+    arguments["checkpoint"] = str(tmp_path / "b.safetensors")
+    again = fit_student(**arguments, out=str(tmp_path / "c.safetensors"))
+    assert again["depth"] == first["depth"]  # the first fit is undone, not doubled
+    with pytest.raises(UsageError, match=r"ends in \.safetensors"):
+        fit_student(**arguments, out=str(tmp_path / "d.pt"))

@@ -1,0 +1,198 @@
+import json
+import math
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from export.onnx_graph import card_of, to_onnx
+from student.backbone import Backbone, StudentError
+from student.depth_heads import BINS, BinsDepthHead, MixtureDepthHead, bin_centres
+from student.dpt import DptDecoder
+from student.grouping import group
+from student.model import Student
+
+SMALL = {"backbone": "test_efficientnet", "height": 64, "width": 96}
+
+
+def spoken(head: torch.nn.Module, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a head answers when its last convolution gives ``maps`` [C] everywhere."""
+    torch.nn.init.zeros_(head.maps.out.weight)
+    with torch.no_grad():
+        head.maps.out.bias.copy_(maps.repeat_interleave(head.maps.shuffle.upscale_factor**2))
+    answer = head.eval()(torch.randn(1, 8, 3, 3))
+    return {k: v[0, :, 1, 1] for k, v in answer.items()}
+
+
+def test_bins_answer_the_better_surface_and_not_the_mean_of_two():
+    maps = torch.full((BINS + 1,), -9.0)
+    maps[4:7] = torch.tensor([1.0, 3.0, 1.0])  # a surface around bin 5
+    maps[20:23] = torch.tensor([0.5, 2.5, 0.5])  # another, a little less likely
+    said = spoken(BinsDepthHead(8, stride=2, uncertainty=True), maps)
+    assert said["depth"].item() == pytest.approx(bin_centres()[5].exp().item(), rel=1e-4)
+    share = maps[:BINS].softmax(0)
+    away = (share * (bin_centres() - bin_centres()[5]).abs()).sum()
+    assert said["depth_uncertainty"].item() == pytest.approx(away.item(), rel=1e-4)
+
+
+def test_a_mixture_answers_its_higher_peak_with_the_expected_distance():
+    near, far, b_near, b_far, weight = math.log(1.0), math.log(4.0), 0.1, 0.3, 0.4
+    logit = math.log(weight / (1 - weight))
+    maps = torch.tensor([near, far, math.log(b_near), math.log(b_far), logit, -3.0])
+    said = spoken(MixtureDepthHead(8, stride=2, uncertainty=True), maps)
+    assert said["depth"].item() == pytest.approx(1.0, rel=1e-5)  # 0.4 / 0.1 is above 0.6 / 0.3
+    x = np.linspace(near - 8, far + 8, 400_001)
+    density = weight / (2 * b_near) * np.exp(-np.abs(x - near) / b_near)
+    density += (1 - weight) / (2 * b_far) * np.exp(-np.abs(x - far) / b_far)
+    want = np.trapezoid(density * np.abs(x - near), x)
+    assert said["depth_uncertainty"].item() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("head", ["bins", "mixture"])
+def test_untrained_distributions_speak_of_three_metres_too(head):
+    model = Student(**SMALL, tasks=["depth"], depth_head=head).eval()
+    torch.nn.init.zeros_(model.heads["depth"].maps.out.weight)
+    depth = model(torch.rand(1, 3, 64, 96))["depth"]
+    assert ((depth > 2.3) & (depth < 3.8)).all()
+
+
+@pytest.mark.parametrize("channels", [[8, 16, 24, 32], [12, 12, 12, 12]])
+def test_dpt_resamples_a_plain_transformer_and_keeps_a_pyramid(channels):
+    plain = len(set(channels)) == 1
+    strides = [14] * 4 if plain else [4, 8, 16, 32]
+    height, width = (70, 98) if plain else (64, 96)
+    decoder = DptDecoder(
+        channels=channels, strides=strides, height=height, width=width, stride=2, base=16
+    )
+    maps = [
+        torch.randn(1, c, height // s, width // s) for c, s in zip(channels, strides, strict=True)
+    ]
+    levels = [step(m) for step, m in zip(decoder.reassemble, maps, strict=True)]
+    found = [tuple(level.shape[-2:]) for level in levels]
+    wanted = [(20, 28), (10, 14), (5, 7), (3, 4)] if plain else [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert found == wanted == decoder.sizes
+    out = decoder.eval()(torch.zeros(1, 3, height, width), maps)
+    assert out.shape == (1, 16, height // 2, width // 2)
+    maps[3] = maps[3] + 1  # the coarsest level reaches the output
+    assert not torch.allclose(decoder(torch.zeros(1, 3, height, width), maps), out)
+
+
+def test_instances_come_back_from_their_own_centres_and_offsets():
+    from distill.instances import center_offset
+
+    ids = np.zeros((48, 64), np.int32)
+    ids[5:20, 5:25], ids[25:45, 30:60], ids[8:16, 40:44] = 3, 9, 4
+    ids[30:34, 40:50] = 4000  # lies on the middle of 9, hides a part of it
+    heat = center_offset(ids)
+    found, scores = group(heat[0], heat[1:])
+    assert scores.tolist() == [1.0] * 4 and found.dtype == np.uint16
+    for number in (3, 4, 9, 4000):
+        got = found[ids == number]
+        name = np.bincount(got).argmax()
+        right = (got == name).mean()
+        assert name > 0 and right > 0.97, (number, right)
+        assert ((found == name) & (ids != number)).sum() <= 9  # the background at a centre
+    nothing, none = group(np.zeros((48, 64), np.float32), heat[1:])
+    assert not nothing.any() and len(none) == 0
+    hidden, _ = group(heat[0], heat[1:], foreground=ids == 9)
+    assert (hidden[ids != 9] == 0).all() and (hidden[ids == 9] > 0).mean() > 0.9
+    with pytest.raises(ValueError, match=r"offset \(48, 64\): expected \[H, W\] and \[2, H, W\]"):
+        group(heat[0], heat[0])
+
+
+def test_grouping_ignores_nan_and_small_things():
+    heat, offset = np.zeros((20, 20), np.float32), np.full((2, 20, 20), np.nan, np.float32)
+    heat[10, 10] = heat[3, 3] = 0.9
+    heat[0, 0] = np.nan
+    offset[:, 8:13, 8:13] = np.array(np.meshgrid(np.arange(2, -3, -1), np.arange(2, -3, -1)))
+    offset[:, 3, 3] = 0
+    found, scores = group(heat, offset)
+    assert (found[8:13, 8:13] == 1).all() and (found > 0).sum() == 25
+    assert scores.tolist() == [pytest.approx(0.9)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tasks": ["depth", "normals", "instances"], "depth_head": "bins", "decoder": "dpt"},
+        {"tasks": ["depth"], "depth_head": "mixture", "calibration": {"depth": [2.0, 0.5]}},
+        {"backbone": "vit_tiny_patch16_224", "decoder": "dpt", "height": 48},
+        {
+            "backbone": "test_vit",
+            "tasks": ["depth"],
+            "calibration": {"depth_uncertainty": [0.5, 1.5]},
+        },
+    ],
+)
+def test_every_part_exports_and_onnx_runtime_agrees(change):
+    torch.manual_seed(0)
+    model = Student(**{**SMALL, **change}).eval()
+    card = card_of(model, batch=1, focal_input=False)
+    graph = to_onnx(model, card)
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    image = torch.randint(0, 256, (1, model.config["height"], 96, 3), dtype=torch.uint8)
+    got = dict(zip(card.outputs, session.run(None, {"image": image.numpy()}), strict=True))
+    want = model(image.permute(0, 3, 1, 2).float() / 255)
+    factor = card.focal_px / card.canonical_focal_px
+    assert np.allclose(got["depth"], want["depth"][:, 0].detach().numpy() * factor, rtol=2e-3)
+    for name in set(got) & {"center", "offset", "normals"}:
+        np.testing.assert_allclose(got[name], want[name].detach().numpy(), atol=2e-3, rtol=1e-3)
+    for name in set(got) & {"depth_uncertainty", "normals_uncertainty"}:
+        np.testing.assert_allclose(got[name], want[name][:, 0].detach().numpy(), rtol=5e-3)
+    strange = {"GridSample", "If", "Loop", "Scan"}
+    assert not strange & {node.op_type for node in graph.graph.node}
+    for node in graph.graph.node:
+        if node.op_type == "Resize":
+            modes = {a.name: a for a in node.attribute}
+            assert modes["mode"].s in (b"linear", b"nearest")
+            assert "antialias" not in modes or modes["antialias"].i == 0
+
+
+def test_position_embeddings_are_resampled_once_for_the_students_size(tmp_path):
+    """DINOv2 weights at another size than they were made for: as timm's own resampling says."""
+    name = "vit_tiny_patch16_224"
+    whole = timm.create_model(name, img_size=64, num_classes=0)
+    torch.nn.init.normal_(whole.pos_embed)
+    path = tmp_path / "vit.safetensors"
+    save_file(whole.state_dict(), path, metadata={"license": "my-own-1.0"})
+    net = Backbone(name, height=32, width=96, weights=str(path))
+    assert net.licence == "my-own-1.0"
+    baked = net.net.model.pos_embed
+    assert baked.shape == (1, 1 + 2 * 6, 192)
+    want = timm.layers.resample_abs_pos_embed(whole.pos_embed, new_size=[2, 6], num_prefix_tokens=1)
+    assert torch.allclose(baked, want, atol=1e-5)
+    assert Backbone(name, height=32, width=96, weights=str(path), licence="mit").licence == "mit"
+
+
+def test_calibrated_students_change_by_their_constants_and_rebuild():
+    torch.manual_seed(0)
+    plain = Student(**SMALL).eval()
+    constants = {"depth": [2.0, 0.25], "normals_uncertainty": [0.5, 1.2]}
+    fitted = Student(**{**plain.config, "calibration": constants}).eval()
+    fitted.load_state_dict(plain.state_dict())
+    image = torch.rand(1, 3, 64, 96)
+    a, b = plain(image), fitted(image)
+    assert torch.allclose(b["depth"], 2 * a["depth"] + 0.25)
+    assert torch.allclose(b["normals_uncertainty"], 0.5 * a["normals_uncertainty"] ** 1.2)
+    assert torch.equal(a["depth_uncertainty"], b["depth_uncertainty"])
+    again = Student(**json.loads(json.dumps(fitted.config)))
+    assert again.config == fitted.config
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"decoder": "unet"}, r"decoder='unet': expected \['fpn', 'dpt'\]"),
+        ({"depth_head": "ordinal"}, r"expected \['log', 'bins', 'mixture'\]"),
+        ({"calibration": {"sky": [1, 0]}}, r"expected two numbers each for some of \['depth'"),
+        ({"calibration": {"depth": [1]}}, r"expected two numbers each"),
+    ],
+)
+def test_impossible_choices_are_explained(change, text):
+    with pytest.raises(StudentError, match=text):
+        Student(**{**SMALL, **change})
