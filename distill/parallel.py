@@ -25,6 +25,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from distill.masked import world
+from teacher.errors import EnvironmentFailure
 
 LINGER_S = 30.0  # how long companions may take to end after the first process has
 TIMEOUT = datetime.timedelta(minutes=30)  # a validation or a checkpoint of the first may take so
@@ -71,6 +72,16 @@ def companions(devices: int, arguments: dict[str, Any]) -> Iterator[None]:
             )
         os.environ.update(shared | {"RANK": "0", "LOCAL_RANK": "0"})
         yield
+    except RuntimeError as error:
+        codes = {i: p.poll() for i, p in enumerate(others, 1) if p.poll()}
+        if not codes or hasattr(error, "exit_code"):
+            raise
+        listed = ", ".join(f"{i} with code {code}" for i, code in codes.items())
+        raise EnvironmentFailure(
+            f"trainer.devices={devices}: process {listed} ended before the lesson did (its last "
+            "words are above; a negative code is a signal, -9 often means no memory). The last "
+            "checkpoint is whole; the same command goes on there."
+        ) from error
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
@@ -93,6 +104,8 @@ def joined(device: str) -> Iterator[None]:
     if not started_as_companion():
         yield
         return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
@@ -188,7 +201,19 @@ def share_norms(student: nn.Module) -> None:
         module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def main(arguments: str) -> int:
+    """A companion: `distill.train.train` with JSON arguments; what ends all is told by the first."""
     from distill.train import train
 
-    train(**json.loads(sys.argv[1]))
+    try:
+        train(**json.loads(arguments))
+    except BaseException as error:
+        code = getattr(error, "exit_code", None)
+        if isinstance(code, int):
+            return code
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,45 @@
+"""Search a student's learning rate, decay and augmentation with Optuna.
+
+    pip install optuna
+    python docs/examples/optuna_search.py trials=20 data=labels/x out=runs/search trainer.steps=2000
+
+Every trial is a `distill train` run in ``OUT/trial-NUMBER``; the held-out loss decides. Further
+arguments are overrides of `distill train`. The study is kept in ``OUT/study.db``: the same command
+goes on with it, and several processes may share it. A trial that diverges counts as failed.
+"""
+
+import sys
+from pathlib import Path
+
+import optuna
+
+from distill.cli import run_verb
+from distill.module import Diverged
+
+
+def main(arguments: list[str]) -> optuna.Study:
+    """Run the trials; returns the study."""
+    options = dict(a.split("=", 1) for a in arguments)
+    trials, out = int(options.pop("trials", "20")), Path(options.pop("out"))
+    out.mkdir(parents=True, exist_ok=True)
+
+    def objective(trial: optuna.Trial) -> float:
+        chosen = {
+            "trainer.lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
+            "trainer.weight_decay": trial.suggest_float("weight_decay", 1e-4, 0.1, log=True),
+            "trainer.augment": trial.suggest_categorical("augment", ["strong", "geometry", "none"]),
+            "out": out / f"trial-{trial.number}",
+        }
+        overrides = [f"{k}={v}" for k, v in (options | chosen).items()]
+        return float(run_verb("train", overrides)["objective"])
+
+    study = optuna.create_study(
+        study_name="distill", storage=f"sqlite:///{out}/study.db", load_if_exists=True
+    )
+    study.optimize(objective, n_trials=trials, catch=(Diverged,))
+    print(f"best of {len(study.trials)}: loss {study.best_value:.4f} with {study.best_params}")
+    return study
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,132 @@
+"""How fast a student is and learns, side by side in one run.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/student_speed.py graph
+    OMP_NUM_THREADS=1 python tests/benchmarks/student_speed.py loader labels=labels/x
+
+graph: ``student=tiny`` (depth + normals, 256x320) in ONNX Runtime on one thread against the graph
+of Depth-Anything-V2-Small with random weights at the nearest size it takes (14 px steps), called
+in turns, best and median of N. loader: the loader alone against the training step, and the share of
+a real run that is spent outside forward, backward and optimiser.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import yaml
+
+from export.onnx_graph import card_of, to_onnx
+from student.model import Student
+
+ROUNDS = 7
+
+
+def session(data: bytes | str) -> onnxruntime.InferenceSession:
+    """One thread on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def depth_anything_small(folder: Path, height: int, width: int) -> onnxruntime.InferenceSession:
+    """The published architecture (ViT-S/14, DPT 64, 48..384), random weights, opset 18."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    backbone = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518,
+        patch_size=14, out_features=["stage3", "stage6", "stage9", "stage12"],
+        reshape_hidden_states=False, apply_layernorm=True,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=384, patch_size=14,
+        neck_hidden_sizes=[48, 96, 192, 384], fusion_hidden_size=64, head_hidden_size=32,
+    )  # fmt: skip
+    model = DepthAnythingForDepthEstimation(config).eval()
+    print(f"Depth-Anything-V2-Small: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
+
+    class Depth(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return model(pixel_values=x).predicted_depth
+
+    path = folder / "da.onnx"
+    image = torch.zeros(1, 3, height, width)
+    torch.onnx.export(Depth(), (image,), str(path), dynamo=True, opset_version=18, verbose=False)
+    return session(str(path))
+
+
+def graph() -> None:
+    """Latency of the two graphs in turns."""
+    preset = Path(__file__).parents[2] / "conf" / "student" / "tiny.yaml"
+    student = Student(**yaml.safe_load(preset.read_text())).eval()
+    height, width = student.config["height"], student.config["width"]
+    print(f"tiny: {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M, {height}x{width}")
+    card = card_of(student, batch=1, focal_input=False)
+    ours = session(to_onnx(student, card).SerializeToString())
+    near = [round(v / 14) * 14 for v in (height, width)]
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = depth_anything_small(Path(folder), near[0], near[1])
+    pairs = {
+        "tiny": (ours, {"image": np.zeros((1, height, width, 3), np.uint8)}),
+        "theirs": (theirs, {theirs.get_inputs()[0].name: np.zeros((1, 3, *near), np.float32)}),
+    }
+    wall: dict[str, list[float]] = {name: [] for name in pairs}
+    busy: dict[str, list[float]] = {name: [] for name in pairs}
+    for round_number in range(ROUNDS + 1):
+        for name, (runtime, feed) in pairs.items():
+            for _ in range(5 if name == "tiny" else 1):
+                at, cpu = time.perf_counter(), time.process_time()
+                runtime.run(None, feed)
+                if round_number:
+                    wall[name].append(1000 * (time.perf_counter() - at))
+                    busy[name].append(1000 * (time.process_time() - cpu))
+    for name in pairs:
+        print(
+            f"{name}: wall best {min(wall[name]):.1f} median {statistics.median(wall[name]):.1f}"
+            f" ms; CPU best {min(busy[name]):.1f} median {statistics.median(busy[name]):.1f} ms"
+        )
+    for kind, times in (("wall", wall), ("CPU", busy)):
+        print(
+            f"ratio ({kind}, best): {min(times['theirs']) / min(times['tiny']):.1f}x; median: "
+            f"{statistics.median(times['theirs']) / statistics.median(times['tiny']):.1f}x"
+        )
+
+
+def loader(labels: str) -> None:
+    """CPU seconds per batch of the loader alone, of a step, and the share outside steps."""
+    from distill.data import DataModule
+    from distill.samples import Frame
+    from distill.train import train
+    from teacher.store import LabelSet
+
+    student = {"backbone": "mobilenetv4_conv_small", "height": 96, "width": 128}
+    frame = Frame(height=96, width=128, canonical_focal_px=110.0, tasks=("depth", "normals"))
+    data = DataModule([LabelSet(labels)], frame=frame, threads=1, batch_size=16)
+    for title in ("first visit, decoding", "from memory"):
+        cpu, at = time.process_time(), time.perf_counter()
+        many = sum(1 for _ in data.train_batches(steps=20))
+        spent = (time.process_time() - cpu) / many, (time.perf_counter() - at) / many
+        print(f"loader, {title}: {1000 * spent[0]:.0f} CPU ms, {1000 * spent[1]:.0f} ms a batch")
+    with tempfile.TemporaryDirectory() as folder:
+        cpu = time.process_time()
+        result = train(
+            data=labels, out=f"{folder}/run", student=student,
+            trainer={"steps": 40, "device": "cpu", "threads": 1, "val_every": 1000,
+                     "checkpoint_every": 1000},
+        )  # fmt: skip
+        print(
+            f"run: {result['summary']}; {time.process_time() - cpu:.0f} CPU s; outside steps "
+            f"{100 * result['outside_steps']:.1f} %"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "graph":
+        graph()
+    else:
+        loader(dict(a.split("=", 1) for a in sys.argv[2:])["labels"])
