@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from export import trt_engine
 from export.artefact import MAX_DEPTH_M, MIN_DEPTH_M, ArtefactError, expected_shape
 from export.cuda import Cuda
 from export.runtimes import Answers, check_images
-from export.trt_engine import import_tensorrt, make_logger
 from export.trt_sidecar import check_machine, checked_bytes, read_sidecar
 
 DTYPES = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32}  # the contract's, no others
@@ -29,13 +29,13 @@ class TrtRuntime:
     def __enter__(self) -> Self:
         """Check hash and machine, then deserialise."""
         data = checked_bytes(self.path, self.sidecar)
-        trt = import_tensorrt()
+        trt = trt_engine.import_tensorrt()
         self.cuda = Cuda()
         gpu, compute = self.cuda.device()
         check_machine(
             self.sidecar, version=trt.__version__, gpu=gpu, compute=compute, where=str(self.path)
         )
-        self.logger = make_logger(trt)
+        self.logger = trt_engine.make_logger(trt)
         self.runtime = trt.Runtime(self.logger)
         # a version-compatible plan carries a lean runtime; ours is allowed: its hash is known
         self.runtime.engine_host_code_allowed = self.sidecar.version_compatible

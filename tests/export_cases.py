@@ -83,3 +83,53 @@ def make_labels(out: Path, *, n=4, tasks=("depth", "normals"), teacher="truth", 
     dataset = {"tasks": list(tasks), "teacher": {"name": teacher}, "classes": classes}
     write_label_set(out, n=n, make=make, dataset=dataset)
     return LabelSet(out)
+
+
+def hand_made(path: Path, *, size=(16, 24), batch=None, precision="fp32", student_sha256=""):
+    """A three-node artefact with our card: depth is 1 m + 4 m * brightness * focal_px / 100."""
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    from export.artefact import Card, card_to_metadata
+
+    height, width = size
+    card = Card(
+        height=height,
+        width=width,
+        batch=batch,
+        focal_input=True,
+        focal_px=100.0,
+        canonical_focal_px=100.0,
+        outputs=("depth",),
+        precision=precision,
+        student_sha256=student_sha256,
+    )
+    n = batch or "N"
+    constants = {
+        "axis": np.array([3]),
+        "scale": np.float32(4 / 255 / 100),
+        "one": np.float32(1),
+        "wide": np.array([1, 2]),
+    }
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float", "axis"], ["grey"], keepdims=0),
+        helper.make_node("Mul", ["grey", "scale"], ["bright"]),
+        helper.make_node("Unsqueeze", ["focal_px", "wide"], ["focal"]),
+        helper.make_node("Mul", ["bright", "focal"], ["metres"]),
+        helper.make_node("Add", ["metres", "one"], ["depth"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "hand-made",
+        [
+            helper.make_tensor_value_info("image", TensorProto.UINT8, [n, height, width, 3]),
+            helper.make_tensor_value_info("focal_px", TensorProto.FLOAT, [n]),
+        ],
+        [helper.make_tensor_value_info("depth", TensorProto.FLOAT, [n, height, width])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, card_to_metadata(card))
+    checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+    return model

@@ -230,6 +230,7 @@ def test_changed_stale_and_broken_files_are_refused(work, tmp_path):
         ("student.onnx", "sha256"),
         ("student.onnx", "sha256 of its student"),
         ("broken.onnx", "runs"),
+        ("broken.onnx", "sha256"),  # and nobody vouches for it
     }
     assert result["exit"] == 1
 

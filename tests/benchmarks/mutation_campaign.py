@@ -8,12 +8,14 @@ runs, with the budgets of ``conf/task`` as they are; on the other half the damag
 ONNX Runtime and the formulas below alone: what a fault costs in delta1, degrees and mIoU against
 the truth in batches of four; faults of batches also in batches of two, and faults of the dark also
 at night (light x 0.1): the worst of them.
+With BACKWARD=1 in the environment the plan is worked through from its end, beside another process.
 Writes OUT/mutants.jsonl (one line each, resumable), OUT/campaign.json and OUT/campaign.png.
 """
 
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -123,7 +125,7 @@ def prepare(export, labels, out):
     """The judge, the reference's answers and scores, and the damage meter."""
     keys = [k for i, k in enumerate(labels.keys[: 2 * IMAGES]) if i % 2 == 0]
     others = [k for i, k in enumerate(labels.keys[: 2 * IMAGES]) if i % 2]
-    answers = out / "answers"
+    answers = out / f"answers-{os.getpid()}"  # a second process may work from the other end
     answers.mkdir(parents=True, exist_ok=True)
     with open_runtime(export / REFERENCE, threads=1) as runtime:
         card = runtime.card
@@ -170,15 +172,14 @@ def main():
     original = onnx.load(clean)
     earlier = [earlier_graph(Path(path), export, out) for path in sys.argv[6:]]
     log = out / "mutants.jsonl"
-    done = {json.loads(x)["name"] for x in log.read_text().splitlines()} if log.exists() else set()
     kinds = [f.__name__ for f in FAULTS] + ["stale"] * bool(earlier)
     plan = [(f"fault-{i:03d}", kinds[i % len(kinds)]) for i in range(faults)]
     for i in range(benign):  # one after every few faults, so that an early end has both
         plan.insert(1 + i * (faults + benign) // benign, (f"benign-{i:03d}", "benign"))
     plan.insert(0, ("unchanged", "unchanged"))
     by_name = {f.__name__: f for f in FAULTS}
-    for name, kind in plan:
-        if name in done:
+    for name, kind in plan[::-1] if os.environ.get("BACKWARD") else plan:
+        if name in finished(log):
             continue
         rng = np.random.default_rng(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
         model = onnx.ModelProto.FromString(original.SerializeToString())
@@ -202,7 +203,16 @@ def main():
             file.write(json.dumps(row) + "\n")
         refused = ",".join(sorted({f["check"] for f in row["findings"]})) or "passed"
         print(f"{name} {kind}: damage {row['damage']:.2f}, {refused} ({what})", flush=True)
+    shutil.rmtree(answers)
     evaluate(log, out, export)
+
+
+def finished(log):
+    """Names of what is done, by whomever."""
+    if not log.exists():
+        return {}
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return {row["name"]: row for row in rows}
 
 
 def earlier_graph(path, export, out):
@@ -226,7 +236,7 @@ def summarised(findings):
 
 def evaluate(log, out, export):
     """The campaign's figures, and the curve."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = list(finished(log).values())
     faults = [r for r in rows if r["name"].startswith("fault")]
     benign = [r for r in rows if r["name"].startswith("benign")]
     hurting = [r for r in faults if r["damage"] >= 1]
