@@ -66,7 +66,7 @@ def test_affine_depth_is_not_stored_as_metres(folder, tmp_path):
 def test_affine_depth_without_an_anchor_is_refused_before_a_checkpoint_is_looked_for(
     folder, tmp_path, name, monkeypatch
 ):
-    for module in (name, "specialist"):  # looking for one would be a TypeError
+    for module in ("diffusion", "lotus2", "specialist"):  # looking for one: TypeError
         monkeypatch.setattr(f"teacher.generators.{module}.open_checkpoint", None)
     listed = r"anchor=folder.*anchor=truth.*anchor=range.*anchor=depth_pro.*anchor=depth_anything"
     images, out = str(folder / "photos"), str(tmp_path / "set")

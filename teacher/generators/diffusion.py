@@ -2,6 +2,15 @@
 
 An answer depends on its image, the task, the seeds and the checkpoint; never on the batch it came
 in, the order of the inputs, or torch's global random state.
+
+Keys that the families share:
+
+* ``seeds``: one answer per seed, combined into one; more than one gives a spread.
+* ``mirror``: also ask about the mirrored image, with every seed.
+* ``combine``: ``consensus`` or ``original`` (`combine_depth`, `combine_normals`).
+* ``resample``: how the answer returns to the image's size (`teacher.generators.runtime.RESAMPLE`).
+* ``device``, ``dtype``, ``offload``, ``pass_size``: `teacher.generators.runtime.Execution`.
+* ``vae_tiling``: decode large images in tiles; saves memory, changes values a little.
 """
 
 from __future__ import annotations
@@ -18,9 +27,10 @@ from torch import Tensor, nn
 from teacher.consensus import merge_depth, merge_normals
 from teacher.errors import UsageError
 from teacher.generators import Query
-from teacher.generators.hub import Checkpoint
+from teacher.generators.hub import Checkpoint, open_checkpoint
 from teacher.generators.runtime import (
     Execution,
+    by_size,
     chunks,
     depth_answer,
     longest_side,
@@ -173,6 +183,43 @@ class LatentModel:
     def _decode(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.execution.vae_dtype) / self.vae.config.scaling_factor
         return self.vae.decode(scaled, return_dict=False)[0].float()
+
+
+def ask_by_size(
+    queries: Sequence[Query],
+    tasks: Sequence[Task],
+    *,
+    members: Callable[[Task, list[Query]], Tensor],
+    finish: Callable[[Task, Tensor, tuple[int, int]], Answer],
+) -> list[dict[Task, Answer]]:
+    """One dict per query, in order.
+
+    ``members`` answers for images of one size, [N, E, ...]; ``finish`` makes one answer of an
+    image's members [E, ...] and its (height, width).
+    """
+    answers: list[dict[Task, Answer]] = [{} for _ in queries]
+    for task in tasks:
+        for group in by_size(queries):
+            found = members(task, [queries[i] for i in group])
+            for index, one in zip(group, found, strict=True):
+                height, width = queries[index].image.shape[:2]
+                answers[index][task] = finish(task, one, (height, width))
+    return answers
+
+
+def named_checkpoints(
+    *, depth: str | None, normals: str | None, parts: Sequence[str], licences: dict[str, str]
+) -> dict[Task, Checkpoint]:
+    """The checkpoints of the tasks that have one; `UsageError` when none has."""
+    named = {Task.DEPTH: depth, Task.NORMALS: normals}
+    found = {
+        task: open_checkpoint(spec, key=f"teacher.{task}", parts=parts, licences=licences)
+        for task, spec in named.items()
+        if spec is not None
+    }
+    if not found:
+        raise UsageError("teacher.depth and teacher.normals are both null: name a checkpoint.")
+    return found
 
 
 def finite_members(members: Tensor) -> Tensor:

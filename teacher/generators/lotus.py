@@ -8,6 +8,7 @@ and cosine, asks for the annotation instead of the image's reconstruction.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from teacher.generators.diffusion import (
     COMBINE,
     DEPTH_SPACES,
     LatentModel,
+    ask_by_size,
     check_choice,
     check_seeds,
     combined_answer,
     empty_prompt,
+    named_checkpoints,
 )
-from teacher.generators.hub import Checkpoint, open_checkpoint
-from teacher.generators.runtime import Execution, by_size, check_resample
+from teacher.generators.hub import Checkpoint
+from teacher.generators.runtime import Execution, check_resample
 from teacher.label import Answer, Space, Task
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -60,17 +63,11 @@ class LotusTeacher:
         Args:
             depth: checkpoint of the depth model: folder, ``owner/name`` or ``owner/name@revision``.
             normals: the same for normals; None where a task is not wanted.
-            seeds: one answer per seed, combined into one (G only).
-            mirror: also ask about the mirrored image, with every seed.
+            seeds: as below; more than one for G only.
             side_px: longer side the model works at; 0: the image's.
-            combine: ``consensus`` or ``original`` (`teacher.generators.diffusion`).
             depth_space: ``depth``, ``disparity``, or ``auto``: by the checkpoint's name.
-            resample: how the answer returns to the image's size.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-            dtype: ``auto`` (float16 on a GPU), ``float32``, ``float16``, ``bfloat16``.
-            offload: ``none``, ``model``, ``sequential``.
-            vae_tiling: decode large images in tiles; saves memory, changes values a little.
-            pass_size: images per forward pass.
+            mirror, combine, resample, device, dtype, offload, vae_tiling, pass_size:
+                `teacher.generators.diffusion`.
         """
         self.seeds, self.mirror = check_seeds(seeds), mirror
         self.combine = check_choice("combine", combine, COMBINE)
@@ -82,18 +79,11 @@ class LotusTeacher:
         self.execution = Execution.parse(
             device=device, dtype=dtype, offload=offload, pass_size=pass_size, auto="float16"
         )
-        named = {Task.DEPTH: depth, Task.NORMALS: normals}
+        found = named_checkpoints(depth=depth, normals=normals, parts=PARTS, licences={})
         self.models = {
-            task: load_lotus(
-                open_checkpoint(spec, key=f"teacher.{task}", parts=PARTS),
-                execution=self.execution,
-                tiling=vae_tiling,
-            )
-            for task, spec in named.items()
-            if spec is not None
+            task: load_lotus(checkpoint, execution=self.execution, tiling=vae_tiling)
+            for task, checkpoint in found.items()
         }
-        if not self.models:
-            raise UsageError("teacher.depth and teacher.normals are both null: name a checkpoint.")
         if len(self.seeds) > 1 and not all(is_generative(m) for m in self.models.values()):
             raise UsageError(
                 f"teacher.seeds={self.seeds}: Lotus-D takes no noise and answers the same for "
@@ -136,23 +126,19 @@ class LotusTeacher:
 
     def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
         """Affine depth or disparity and unit normals at each image's own size."""
-        answers: list[dict[Task, Answer]] = [{} for _ in queries]
-        for task in tasks:
-            model = self.models[task]
-            for group in by_size(queries):
-                pictures = model.members(
-                    [queries[i] for i in group],
-                    task=task,
-                    seeds=self.seeds,
-                    mirror=self.mirror,
-                    side_px=self.side_px,
-                    zero_noise=False,
-                    denoise=lambda *a, m=model: predict(m, *a),
-                )  # [N,E,3,h,w]
-                for index, members in zip(group, pictures, strict=True):
-                    size = queries[index].image.shape[:2]
-                    answers[index][task] = self._finish(task, members, size)
-        return answers
+        return ask_by_size(queries, tasks, members=self._members, finish=self._finish)
+
+    def _members(self, task: Task, alike: list[Query]) -> Tensor:
+        model = self.models[task]
+        return model.members(
+            alike,
+            task=task,
+            seeds=self.seeds,
+            mirror=self.mirror,
+            side_px=self.side_px,
+            zero_noise=False,
+            denoise=partial(predict, model),
+        )  # [N,E,3,h,w]
 
     def _finish(self, task: Task, pictures: Tensor, size: tuple[int, int]) -> Answer:
         """Decoded pictures [E, 3, h, w] -> one answer of the image's size."""

@@ -66,15 +66,9 @@ class Lotus2Teacher:
             adapters: folder or repository with ``lotus-2_{stage}_{task}.safetensors``.
             answers: which of ``depth`` and ``normals`` to load.
             steps: of the detail sharpener; 0: the core predictor's answer as it is.
-            mirror: also ask about the mirrored image.
             side_px: larger images are worked at this longer side; 0: at their own.
-            combine: ``consensus`` or ``original`` (`teacher.generators.diffusion`).
-            resample: how the answer returns to the image's size.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-            dtype: ``auto`` (bfloat16 on a GPU), ``float32``, ``bfloat16``, ``float16``.
-            offload: ``none``, ``model``, ``sequential``.
-            vae_tiling: decode large images in tiles; saves memory, changes values a little.
-            pass_size: images per forward pass.
+            mirror, combine, resample, device, dtype, offload, vae_tiling, pass_size:
+                `teacher.generators.diffusion`; ``dtype="auto"`` is bfloat16 on a GPU.
         """
         self.tasks = tuple(task for task in FILE_TASK if task in answers)
         if not self.tasks or len(self.tasks) != len(answers):

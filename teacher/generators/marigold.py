@@ -18,13 +18,15 @@ from teacher.generators.diffusion import (
     COMBINE,
     DEPTH_SPACES,
     LatentModel,
+    ask_by_size,
     check_choice,
     check_seeds,
     combined_answer,
     empty_prompt,
+    named_checkpoints,
 )
-from teacher.generators.hub import Checkpoint, open_checkpoint
-from teacher.generators.runtime import Execution, by_size, check_resample
+from teacher.generators.hub import Checkpoint
+from teacher.generators.runtime import Execution, check_resample
 from teacher.label import Answer, Space, Task
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -62,20 +64,13 @@ class MarigoldTeacher:
         Args:
             depth: checkpoint of the depth model: folder, ``owner/name`` or ``owner/name@revision``.
             normals: the same for normals; None where a task is not wanted.
-            seeds: one answer per seed, combined into one; more than one gives a spread.
-            mirror: also ask about the mirrored image, with every seed.
             steps: denoising steps; None: as the checkpoint says (1 when it starts from zeros).
             side_px: longer side the model works at; None: as the checkpoint says; 0: the image's.
-            combine: ``consensus`` or ``original`` (`teacher.generators.diffusion`).
             start: ``noise``, ``zeros`` (E2E-FT was trained so), or ``auto``: by the name.
             depth_space: ``depth``, ``disparity``, or ``auto``: as the checkpoint says.
             normal_axes: ``marigold``, ``lotus`` (x negated), or ``auto``: by the name.
-            resample: how the answer returns to the image's size.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-            dtype: ``auto`` (float16 on a GPU), ``float32``, ``float16``, ``bfloat16``.
-            offload: ``none``, ``model``, ``sequential``.
-            vae_tiling: decode large images in tiles; saves memory, changes values a little.
-            pass_size: denoisings per forward pass.
+            seeds, mirror, combine, resample, device, dtype, offload, vae_tiling, pass_size:
+                `teacher.generators.diffusion`.
         """
         self.seeds, self.mirror = check_seeds(seeds), mirror
         self.combine = check_choice("combine", combine, COMBINE)
@@ -86,10 +81,10 @@ class MarigoldTeacher:
         self.execution = Execution.parse(
             device=device, dtype=dtype, offload=offload, pass_size=pass_size, auto="float16"
         )
-        named = {Task.DEPTH: depth, Task.NORMALS: normals}
+        found = named_checkpoints(depth=depth, normals=normals, parts=PARTS, licences=LICENCES)
         self.models: dict[Task, _Model] = {
             task: _Model(
-                open_checkpoint(spec, key=f"teacher.{task}", parts=PARTS, licences=LICENCES),
+                checkpoint,
                 task=task,
                 execution=self.execution,
                 steps=steps,
@@ -99,11 +94,8 @@ class MarigoldTeacher:
                 depth_space=depth_space,
                 normal_axes=normal_axes,
             )
-            for task, spec in named.items()
-            if spec is not None
+            for task, checkpoint in found.items()
         }
-        if not self.models:
-            raise UsageError("teacher.depth and teacher.normals are both null: name a checkpoint.")
         if len(self.seeds) > 1 and any(model.zeros for model in self.models.values()):
             raise UsageError(
                 f"teacher.seeds={self.seeds}: a model that starts from zeros answers the same for "
@@ -131,15 +123,10 @@ class MarigoldTeacher:
 
     def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
         """Affine depth and unit normals at each image's own size."""
-        answers: list[dict[Task, Answer]] = [{} for _ in queries]
-        for task in tasks:
-            for group in by_size(queries):
-                alike = [queries[i] for i in group]
-                found = self.models[task].members(alike, seeds=self.seeds, mirror=self.mirror)
-                for index, members in zip(group, found, strict=True):
-                    size = queries[index].image.shape[:2]
-                    answers[index][task] = self._finish(task, members, size)
-        return answers
+        return ask_by_size(queries, tasks, members=self._members, finish=self._finish)
+
+    def _members(self, task: Task, alike: list[Query]) -> Tensor:
+        return self.models[task].members(alike, seeds=self.seeds, mirror=self.mirror)
 
     def _finish(self, task: Task, members: Tensor, size: tuple[int, int]) -> Answer:
         """Members [E, C, h, w] -> one answer of the image's size."""
