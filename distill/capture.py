@@ -91,7 +91,7 @@ def replay(path: str | Path) -> dict[str, Any]:
             seen[f"gradient {name}"] = parameter.grad
     return {
         "step": facts["step"],
-        "losses": {k: float(v) for k, v in losses.items()},
+        "losses": {k: float(v.detach()) for k, v in losses.items()},
         "not_finite": [k for k, v in seen.items() if not torch.isfinite(v).all()],
     }
 

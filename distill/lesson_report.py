@@ -88,8 +88,8 @@ def curve(rows: Sequence[Mapping[str, float]], names: Sequence[str], *, title: s
             for x, y in points
         )
         if len(points) == 1:
-            x, y = drawn.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+            at = drawn.split(",")
+            parts.append(f'<circle cx="{at[0]}" cy="{at[1]}" r="3" fill="{colour}"/>')
         parts.append(
             f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
         )

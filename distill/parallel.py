@@ -202,7 +202,7 @@ def share_norms(student: nn.Module) -> None:
 
 
 def main(arguments: str) -> int:
-    """A companion: `distill.train.train` with JSON arguments; what ends all is told by the first."""
+    """A companion: `distill.train.train` with JSON arguments; the first tells what ended all."""
     from distill.train import train
 
     try:
