@@ -70,14 +70,16 @@ class Trial:
         self, reference: Path, labels: LabelSet, keys: Sequence[str], folder: Path
     ) -> None:
         """Run the reference once; ``folder`` is for the answers, and temporary."""
-        self.folder, self.keys, self.reference = folder, list(keys), reference.name
+        self.file, self.folder = folder / "trial.onnx", folder / "answers"
+        self.keys, self.reference = list(keys), reference.name
+        self.folder.mkdir()
         with open_runtime(reference, threads=torch.get_num_threads()) as runtime:
-            save_inputs(labels, keys, runtime.card, folder)
+            save_inputs(labels, keys, runtime.card, self.folder)
         self.student = self._run(reference)
         tasks = [t for t in LABEL_TASKS if t in self.student["outputs"]]
         tasks += ["instances"] if "center" in self.student["outputs"] else []
         self.judge = Judge(
-            folder=folder,
+            folder=self.folder,
             keys=self.keys,
             references=find_references(labels, keys, teacher=None, truth=None, folder=folder),
             tasks=tasks,
@@ -101,9 +103,8 @@ class Trial:
 
     def __call__(self, model: onnx.ModelProto) -> tuple[float, list[str]]:
         """(worst measure as a multiple of its budget, what was missed as sentences)."""
-        path = self.folder / "trial.onnx"
-        path.write_bytes(model.SerializeToString())
-        run = self._run(path)
+        self.file.write_bytes(model.SerializeToString())
+        run = self._run(self.file)
         if "error" in run:
             return np.inf, [run["error"]]
         findings, told, _ = judge_one(

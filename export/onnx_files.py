@@ -109,7 +109,7 @@ def check_sizes(model: onnx.ModelProto, *, where: str) -> None:
         count = 1
         for size in tensor.dims:
             count *= size
-        if count < 0 or count > MAX_ELEMENTS:
+        if min(tensor.dims, default=0) < 0 or count > MAX_ELEMENTS:
             raise ArtefactError(
                 f"{where}: tensor {tensor.name!r} claims shape {list(tensor.dims)}, more than the "
                 f"{MAX_ELEMENTS} elements that are read. It is not run."

@@ -124,6 +124,18 @@ def test_folders_without_images_and_only_broken_ones(model, tmp_path):
     assert index["rows"][0]["state"] == "rejected" and index["rows"][0]["reason"]
 
 
+def test_a_refused_model_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"nonsense")
+    save(tmp_path / "in", "a.png", picture(0, 60, 90))
+    with pytest.raises(UsageError, match="not a readable ONNX model"):
+        predict(
+            model=str(tmp_path / "broken.onnx"),
+            images=str(tmp_path / "in"),
+            out=str(tmp_path / "out"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_output_names_stay_inside():
     assert output_name("sub/a.jpg") == "sub/a.jpg"
     for outside in ("/etc/a.jpg", "../a.jpg", "x/../../a.jpg"):

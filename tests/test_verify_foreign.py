@@ -1,0 +1,184 @@
+"""Models that we did not make: described in a short YAML, fed, read and judged."""
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+from export_cases import make_labels
+from onnx import TensorProto, helper, numpy_helper
+
+from export.artefact import ArtefactError
+from export.foreign import Adapter, read_description
+from export.runtimes import open_runtime
+from export.verify import verify
+from teacher.errors import UsageError
+
+SIZE = (16, 24)
+
+
+def describe(path, **changes):
+    table = {
+        "image": {"name": "pixels", "size": list(SIZE), "mean": [0.5] * 3, "std": [0.25] * 3},
+        "outputs": {"depth": {"name": "d", "layout": "N1HW", "is": "log metres"}},
+    } | changes
+    path.write_text(yaml.safe_dump(table))
+    return path
+
+
+def foreign_model(path, *, bias=0.7, wrong_for_two=0.0):
+    """log depth = (mean over channels of the normalised picture) * 0.1 + bias, [N, 1, H, W]."""
+    constants = {"tenth": np.float32(0.1), "bias": np.float32(bias), "axis": np.array([1])}
+    constants |= {"two": np.array([2]), "first": np.array([0]), "end": np.array([1])}
+    constants |= {"wrong": np.float32(wrong_for_two)}
+    nodes = [
+        helper.make_node("ReduceMean", ["pixels", "axis"], ["m"], keepdims=1),
+        helper.make_node("Mul", ["m", "tenth"], ["s"]),
+        helper.make_node("Add", ["s", "bias"], ["e"]),
+        helper.make_node("Shape", ["pixels"], ["shape"]),
+        helper.make_node("Slice", ["shape", "first", "end"], ["n"]),
+        helper.make_node("Equal", ["n", "two"], ["is_two"]),
+        helper.make_node("Cast", ["is_two"], ["is_two_f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["is_two_f", "wrong"], ["extra"]),
+        helper.make_node("Add", ["e", "extra"], ["d"]),
+    ]
+    shape = ["N", 3, *SIZE]
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("d", TensorProto.FLOAT, ["N", 1, *SIZE])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return path
+
+
+def test_bytes_become_the_described_feed(tmp_path):
+    about = read_description(describe(tmp_path / "io.yaml"))
+    image = np.zeros((1, *SIZE, 3), np.uint8)
+    image[0, 2, 5] = (255, 51, 0)
+    feed = Adapter(about).feed(image, np.array([100], np.float32))
+    assert set(feed) == {"pixels"} and feed["pixels"].shape == (1, 3, *SIZE)
+    # (x / 255 - 0.5) / 0.25
+    assert feed["pixels"][0, :, 2, 5].tolist() == pytest.approx([2, -1.2, -2])
+    other = {"name": "pixels", "size": list(SIZE), "layout": "NHWC", "channels": "BGR"}
+    about = read_description(describe(tmp_path / "b.yaml", image=other | {"dtype": "uint8"}))
+    assert Adapter(about).feed(image, np.array([1.0]))["pixels"][0, 2, 5].tolist() == [0, 51, 255]
+
+
+OUTPUTS = [
+    ("depth", {"layout": "NHW", "is": "metres"}, [[[2.0]]], [[[2.0]]]),
+    ("depth", {"layout": "N1HW", "is": "log metres"}, [[[[np.log(3.0)]]]], [[[3.0]]]),
+    ("depth", {"layout": "NHW1", "is": "1/metres"}, [[[[0.25]]]], [[[4.0]]]),
+    ("depth", {"layout": "NHW", "is": "1/metres"}, [[[-1.0]]], [[[1e5]]]),  # beyond the horizon
+    ("sky", {"layout": "NHW", "is": "logit"}, [[[np.log(3.0)]]], [[[0.75]]]),
+    ("normals", {"layout": "NHWC", "axes": "opencv"}, [[[[0.0, 3.0, -4.0]]]], [0, -0.6, 0.8]),
+    ("normals", {"layout": "NCHW", "axes": "lotus"}, [[[[1.0]], [[0.0]], [[0.0]]]], [-1, 0, 0]),
+    ("semantic", {"layout": "NCHW", "is": "logits"}, [[[[0.1]], [[0.9]], [[0.3]]]], [[[3]]]),
+    ("semantic", {"layout": "NHW", "is": "ids"}, [[[7]]], [[[7]]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, options, found, expected", OUTPUTS)
+def test_outputs_become_the_contracts(tmp_path, name, options, found, expected):
+    path = describe(
+        tmp_path / "io.yaml",
+        outputs={name: {"name": "o"} | options},
+        classes={1: "floor", 3: "wall", 7: "thing"},
+    )
+    answers = Adapter(read_description(path)).answers([np.array(found, np.float32)])
+    one = np.asarray(expected, np.float64)
+    assert answers[name].reshape(-1).tolist() == pytest.approx(one.reshape(-1).tolist(), abs=1e-6)
+    assert answers[name].dtype == (np.int32 if name == "semantic" else np.float32)
+
+
+WRONG = {
+    "image is missing": {"image": None},
+    r"unknown \['sclae'\] under image": {"image": {"name": "x", "size": [4, 4], "sclae": 1}},
+    "image.size is": {"image": {"name": "x", "size": [4]}},
+    "image.layout is 'CHW'": {"image": {"name": "x", "size": [4, 4], "layout": "CHW"}},
+    r"outputs\.flow: expected some of": {"outputs": {"flow": {"name": "x"}}},
+    r"depth\.is is 'feet'": {"outputs": {"depth": {"name": "x", "layout": "NHW", "is": "feet"}}},
+    "axes 'up' unknown": {"outputs": {"normals": {"name": "x", "layout": "NCHW", "axes": "up"}}},
+    r"unknown \['_target_'\] at the top": {"_target_": "os.system"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_descriptions_name_the_key(tmp_path, message):
+    path = describe(tmp_path / "io.yaml", **WRONG[message])
+    if WRONG[message] == {"image": None}:
+        path.write_text(yaml.safe_dump({"outputs": {}}))
+    with pytest.raises(ArtefactError, match=message):
+        read_description(path)
+
+
+def test_a_description_is_data_and_never_an_object(tmp_path):
+    path = tmp_path / "io.yaml"
+    path.write_text("image: !!python/object/apply:os.system ['touch hacked']\n")
+    with pytest.raises(ArtefactError, match="not readable YAML"):
+        read_description(path)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_another_file_or_other_names_are_refused(tmp_path):
+    model = foreign_model(tmp_path / "m.onnx")
+    with pytest.raises(ArtefactError, match=r"not the file that .* describes"):
+        open_runtime(model, io=describe(tmp_path / "a.yaml", sha256="0" * 64))
+    image = {"name": "x", "size": list(SIZE)}
+    with pytest.raises(ArtefactError, match=r"inputs \['pixels'\].*describes \['x'\]"):
+        open_runtime(model, io=describe(tmp_path / "b.yaml", image=image))
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    return make_labels(tmp_path_factory.mktemp("foreign") / "labels", n=3, tasks=("depth",))
+
+
+def judge(tmp_path, labels, **kwargs):
+    io = describe(tmp_path / "io.yaml")
+    out = str(tmp_path / "out")
+    return verify(
+        export=str(tmp_path / "m.onnx"), labels=str(labels.path), io=str(io), out=out, **kwargs
+    )
+
+
+def test_a_foreign_model_is_judged_without_any_reference(tmp_path, labels):
+    foreign_model(tmp_path / "m.onnx")
+    result = judge(tmp_path, labels)
+    assert result["exit"] == 0 and "m.onnx" in result["summary"]
+    assert 0 <= result["scores"]["m.onnx"]["truth"]["mean"]["depth"]["delta1"] <= 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "m.onnx" in page and "data:image/" in page
+
+
+def test_a_foreign_model_must_agree_with_itself(tmp_path, labels):
+    foreign_model(tmp_path / "m.onnx", wrong_for_two=0.2)
+    result = judge(tmp_path, labels, batch=2)
+    assert result["exit"] == 1
+    assert {f["check"] for f in result["findings"]} == {"consistency"}
+    assert "m.onnx: depth: depth other_batch is 0.2" in result["summary"]
+
+
+def test_a_foreign_model_may_be_held_to_another_one_and_to_a_score(tmp_path, labels):
+    from export.budgets import default_budgets
+
+    foreign_model(tmp_path / "m.onnx", bias=0.72)
+    reference = foreign_model(tmp_path / "fp32.onnx", bias=0.7)
+    result = judge(tmp_path, labels, reference=str(reference))
+    assert result["exit"] == 1  # 2 % farther everywhere
+    assert "depth: depth p999 is 0.0202 relative, budget 0.001" in result["summary"]
+    budgets = default_budgets()
+    budgets["depth"]["fp32"]["score"] = {"depth.delta1": 0.999}
+    result = judge(tmp_path, labels, budgets=budgets)
+    assert "depth.delta1 against the truth is" in result["summary"]
+    assert "budget at least 0.999" in result["summary"]
+    assert {f["check"] for f in result["findings"]} == {"score"}
+
+
+def test_a_reference_belongs_to_a_single_model(tmp_path, labels):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="reference=x: only for a single model"):
+        verify(export=str(tmp_path / "folder"), labels=str(labels.path), reference="x")
