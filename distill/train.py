@@ -94,7 +94,7 @@ def train(
     if config.device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFailure("trainer.device=cuda: torch sees no CUDA device; use device=auto")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    arguments = {
+    arguments: dict[str, Any] = {
         "data": [data] if isinstance(data, str) else list(data),
         "out": out,
         "student": dict(student),
