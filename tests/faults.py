@@ -60,6 +60,15 @@ class Flat:
         ]
 
 
+class Logged(Flat):
+    """The same teacher; every process that loads it leaves a line."""
+
+    def __init__(self, *, log: str, pause_s: float = 0.0) -> None:
+        super().__init__(pause_s=pause_s)
+        with Path(log).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
 def write_inputs(folder: Path, n: int = 7) -> Path:
     """n tiny photos, a copy of the first and a page that calls itself a photo."""
     folder.mkdir(parents=True)

@@ -17,6 +17,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from teacher.anchors import Anchor
+from teacher.confidence import Calibration
 from teacher.errors import EnvironmentFailure
 from teacher.generators import Query, Teacher
 from teacher.jobs.commit import TRANSIENT, WAITS_S, Lease, patiently, this_host
@@ -124,6 +125,7 @@ class Worker:
     keep_pictures: bool
     threads: int
     anchor: Anchor | None = None
+    calibration: Calibration | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -285,7 +287,9 @@ class Worker:
         self, item: Prepared, answers: dict[Task, Answer], scale: Answer | None
     ) -> tuple[Label, list]:
         """Everything between the answer and the tar, in a worker thread."""
-        label = to_label(item, answers, self.tasks, anchor=self.anchor, scale=scale)
+        label = to_label(
+            item, answers, self.tasks, anchor=self.anchor, scale=scale, calibration=self.calibration
+        )
         if not self.keep_pictures:
             label.pictures.clear()
         return validate(label), encode_members(label)

@@ -78,15 +78,27 @@ class HashCache:
         """``path``: the SQLite file (default ``$XDG_CACHE_HOME/dense-distill/keys.sqlite``)."""
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.path = path or Path(base).expanduser() / "dense-distill" / "keys.sqlite"
-        create = "CREATE TABLE IF NOT EXISTS keys (stamp TEXT PRIMARY KEY, key TEXT)"
-        try:
+        for place in (self.path, self.path, ":memory:"):
+            try:
+                self._db = self._opened(place)
+                return
+            except sqlite3.OperationalError:  # locked, read-only: hash without a memory
+                continue
+            except sqlite3.DatabaseError:  # damaged: begin a new one
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+            except OSError:  # no home
+                continue
+
+    def _opened(self, place: Path | str) -> sqlite3.Connection:
+        if place != ":memory:":
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # no write-ahead log: it needs shared memory, which network file systems do not have
-            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            self._db.execute(create)
-        except (sqlite3.Error, OSError):  # no home, read-only, damaged: hash without a memory
-            self._db = sqlite3.connect(":memory:", isolation_level=None)
-            self._db.execute(create)
+        db = sqlite3.connect(place, timeout=30, isolation_level=None)
+        # no write-ahead log: it needs shared memory, which network file systems do not have
+        db.execute("PRAGMA journal_mode=TRUNCATE")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("CREATE TABLE IF NOT EXISTS keys (stamp TEXT PRIMARY KEY, key TEXT)")
+        return db
 
     def known(self, stamps: Sequence[str]) -> dict[str, str]:
         """Stamp -> key for those that were seen before."""

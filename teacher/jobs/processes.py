@@ -116,16 +116,19 @@ def survey_in_process(job: Job) -> About:
     process.start()
     theirs.close()
     try:
-        return value_of(mine.recv())
+        result = mine.recv()
+        process.join(GRACE_S)
+        return value_of(result)
     except EOFError:
         process.join()
         raise WorkerFailedError(
             f"the process that loads the teacher died with exit code {process.exitcode}", 3
         ) from None
     finally:
-        process.terminate()
-        process.join(GRACE_S)
-        process.kill()
+        if process.is_alive():
+            process.terminate()
+            process.join(GRACE_S)
+            process.kill()
 
 
 def run_processes(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Tally:

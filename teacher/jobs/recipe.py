@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher.anchors import Anchor, check_anchor, load_anchor
+from teacher.confidence import Calibration
 from teacher.errors import UsageError
 from teacher.generators import Teacher, load_teacher, teacher_class
 from teacher.jobs.engines import Worker
@@ -33,6 +34,7 @@ class About:
 
     teacher: dict[str, Any]
     anchor: dict[str, Any] | None
+    calibration: dict[str, Any] | None
     tasks: list[Task]
     max_side: int | None
     software: dict[str, str]
@@ -45,6 +47,7 @@ class Models:
 
     teacher: Teacher
     anchor: Anchor | None
+    calibration: Calibration | None
     about: About
 
 
@@ -62,6 +65,7 @@ class Job:
     batch_size: int
     anchor: dict[str, Any] | None
     align: dict[str, Any] | None
+    calibration: str | None = None
 
     def source(self) -> Source:
         """Where the images come from."""
@@ -75,15 +79,30 @@ class Job:
         wanted = parse_tasks(self.tasks, teacher.tasks)
         anchor = load_anchor(self.anchor, self.align)
         check_anchor(teacher, anchor_name, wanted)
+        calibration = self._calibration(teacher, anchor)
         own_side = getattr(teacher, "max_side", None)
         about = About(
             teacher=teacher.describe(),
             anchor=anchor.describe() if anchor is not None else None,
+            calibration=calibration.describe() if calibration is not None else None,
             tasks=wanted,
             max_side=min((s for s in (self.max_side, own_side) if s is not None), default=None),
             software=software(),
         )
-        return Models(teacher=teacher, anchor=anchor, about=about)
+        return Models(teacher=teacher, anchor=anchor, calibration=calibration, about=about)
+
+    def _calibration(self, teacher: Teacher, anchor: Anchor | None) -> Calibration | None:
+        """The calibration file, checked against the teacher it will judge."""
+        if self.calibration is None:
+            return None
+        if anchor is not None:
+            raise UsageError(
+                "calibration and anchor exclude each other: an aligned depth has the uncertainty "
+                "of its alignment. Leave one of them out."
+            )
+        calibration = Calibration.load(self.calibration)
+        calibration.fits(teacher.describe())
+        return calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +128,7 @@ class Recipe:
             keep_pictures=self.job.keep_pictures,
             threads=self.job.threads,
             anchor=models.anchor,
+            calibration=models.calibration,
             quiet=quiet,
         )
 

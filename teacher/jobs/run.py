@@ -43,6 +43,7 @@ def label(
     licence: dict[str, Any] | None = None,
     anchor: dict[str, Any] | None = None,
     align: dict[str, Any] | None = None,
+    calibration: str | None = None,
     verify: bool = True,
 ) -> dict[str, Any]:
     """Label every image of a source; started again, it does only what is missing.
@@ -68,6 +69,8 @@ def label(
         anchor: what makes affine depth metric: ``name`` and its own keys (`teacher.anchors`).
         align: ``method`` (ransac, least-squares, truncated-l1) and ``max_residual``, the median
             |ln(depth / anchor)| above which an image is rejected.
+        calibration: file of `distill calibrate`, made for this very teacher, or ``shipped`` (of the
+            mini teacher as it is); labels get a confidence per pixel.
         verify: hash what earlier runs sealed before going on; damaged shards are labelled again.
     """
     sizes = {"shard_size": shard_size, "batch_size": batch_size, "workers": workers}
@@ -88,6 +91,7 @@ def label(
         batch_size=batch_size,
         anchor=anchor,
         align=align,
+        calibration=calibration,
     )
     check_apart(job.images, out)
     source = job.source()
@@ -164,6 +168,8 @@ def facts(job: Job, about: About) -> dict[str, Any]:
     found["keep_pictures"] = job.keep_pictures
     if about.anchor is not None:
         found["anchor"] = about.anchor
+    if about.calibration is not None:
+        found["calibration"] = about.calibration
     return found
 
 

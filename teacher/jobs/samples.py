@@ -10,6 +10,7 @@ import numpy as np
 
 from teacher.align import AFFINE
 from teacher.anchors import Anchor, needless, needs_anchor
+from teacher.confidence import Calibration
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators import Query, Teacher
 from teacher.images import ImageError, bounded, encode_png, read
@@ -67,10 +68,12 @@ def to_label(
     *,
     anchor: Anchor | None = None,
     scale: Answer | None = None,
+    calibration: Calibration | None = None,
 ) -> Label:
     """Query + answers -> label; `LabelError` with the reason when the image must be rejected.
 
     ``scale`` is the ``anchor``'s depth of the image, with which affine depth becomes metric.
+    ``calibration`` gives confidence, see `teacher.confidence`.
     """
     assert item.query is not None and item.encoded is not None
     query = item.query
@@ -111,6 +114,8 @@ def to_label(
         label.camera = estimated(label.camera, answer)
     if scale is not None:
         label.camera = estimated(label.camera, scale)
+    if calibration is not None:
+        calibration.apply(label, answers)
     return label
 
 
