@@ -1,9 +1,9 @@
 """What a label job costs beside its teacher: overhead, memory over 20 000 images, a million inputs.
 
-    python tests/benchmarks/label_jobs.py overhead [n]         wall and CPU time against a bare loop
-    python tests/benchmarks/label_jobs.py overhead n WEIGHTS   the same with the mini teacher
-    python tests/benchmarks/label_jobs.py soak [n]             memory and rate; docs/img/label-soak.png
-    python tests/benchmarks/label_jobs.py listing [n]          list and plan n files, keys known
+    python tests/benchmarks/label_jobs.py overhead [n]   wall and CPU time against a bare loop
+    python tests/benchmarks/label_jobs.py overhead n W   with the mini teacher and its weights W
+    python tests/benchmarks/label_jobs.py soak [n]       memory, rate; docs/img/label-soak.png
+    python tests/benchmarks/label_jobs.py listing [n]    list and plan n files, keys known
 
 Times are wall times of this machine as it is: each line also says its load and the CPU seconds of
 this process, which other processes disturb less. Label sets go to the folder of $TMPDIR.
