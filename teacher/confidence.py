@@ -14,6 +14,7 @@ a few image statistics. On an image outside the domain nothing is claimed (``use
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ from teacher.label import Answer, Label, Task, unknown_class
 
 FORMAT, VERSION = "dense-distill calibration", 1
 DOMAIN_QUANTILE = 0.99  # share of the calibration images that count as inside its domain
-DOMAIN_SLACK = 1.5  # ... times this distance
+DOMAIN_SLACK = 1.25  # ... times this distance
+SHIPPED = Path(__file__).parent / "weights" / "calibration.json"  # of the mini teacher as it is
 VOLATILE = ("device",)  # keys of a teacher's description that do not change its answers
 
 
@@ -76,8 +78,11 @@ class Domain:
         x = np.array([[row[f] for f in facts] for row in rows])
         covariance = np.cov(x.T).reshape(len(facts), len(facts)) + 1e-4 * np.eye(len(facts))
         domain = cls(name, facts, x.mean(0), np.linalg.inv(covariance), 0.0)
-        distances = [domain.distance(row) for row in rows]
-        domain.limit = DOMAIN_SLACK * float(np.quantile(distances, DOMAIN_QUANTILE))
+        # distances as if each image had been left out (the rank-one update of the covariance)
+        n, square = len(rows), np.array([domain.distance(row) ** 2 for row in rows])
+        left_out = (n - 2) * n**2 / (n - 1) ** 3 * square
+        left_out /= np.maximum(1 - n * square / (n - 1) ** 2, 1e-6)
+        domain.limit = DOMAIN_SLACK * float(np.quantile(np.sqrt(left_out), DOMAIN_QUANTILE))
         return domain
 
     def distance(self, facts: Mapping[str, float]) -> float:
@@ -132,6 +137,16 @@ class Calibration:
     domain: Domain
     heads: dict[Task, Head]
     report: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """What a label set says of it: domain, what it was measured on, hash of the whole."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return {
+            "domain": self.domain.name,
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "images": self.report.get("images"),
+            "tasks": self.report.get("tasks"),
+        }
 
     def fits(self, description: Mapping[str, Any]) -> None:
         """Raise `UsageError` if it was made for another teacher, naming what differs."""
@@ -207,7 +222,8 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read a calibration file; `UsageError` says what is wrong with another one."""
+        """Read a calibration file, or ``shipped``; `UsageError` says what is wrong with another."""
+        path = SHIPPED if str(path) == "shipped" else path
         try:
             found = json.loads(Path(path).read_text())
         except FileNotFoundError:

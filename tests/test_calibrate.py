@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 from mini_rooms import CLASSES, room
+from PIL import Image
 
 from teacher import doubt, metrics
 from teacher.calibrate import calibrate
-from teacher.confidence import Calibration
+from teacher.confidence import DOMAIN_SLACK, Calibration, Domain
 from teacher.errors import UsageError
 from teacher.generators import Query
+from teacher.jobs import run as jobs
 from teacher.label import Answer, Camera, Label, Space, Task
-from teacher.store import write_label_set
+from teacher.store import LabelSet, write_label_set
 
 SIZE = {"height": 24, "width": 32}
 
@@ -274,3 +276,117 @@ def test_a_file_that_is_no_calibration_is_named(tmp_path):
     path.write_text('{"format": "dense-distill calibration", "version": 9}')
     with pytest.raises(UsageError, match="version 9, this release reads up to 1"):
         Calibration.load(path)
+
+
+# -- in a label job -----------------------------------------------------------------------------
+
+
+class GreyTeacher:
+    """Depth is 1 m + 5 m times the grey value, with errors where its residual is high."""
+
+    tasks = (Task.DEPTH,)
+
+    def __init__(self, *, wrong: float = 1.0) -> None:
+        self.wrong = wrong
+
+    def describe(self):
+        return {"name": "grey", "wrong": self.wrong}
+
+    def answer(self, queries, tasks):
+        return [{Task.DEPTH: self._one(q.image)} for q in queries]
+
+    def _one(self, image):
+        rng = np.random.default_rng(int(image.astype(np.int64).sum()))
+        residual = rng.gamma(2.0, 10.0, image.shape[:2]).astype(np.float32)
+        noise = self.wrong * rng.laplace(0, residual / 60)
+        values = (grey_depth(image) * np.exp(noise)).astype(np.float32)
+        return Answer(task=Task.DEPTH, space=Space.METRIC, values=values, residual=residual)
+
+
+GREY = "test_calibrate:GreyTeacher"
+
+
+def grey_depth(image):
+    return (1 + 5 * image.mean(-1) / 255).astype(np.float32)
+
+
+def grey_label(seed: int) -> Label:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(40, 220, (16, 24, 3)).astype(np.uint8)
+    cam = camera(24, 16)
+    return Label(
+        key=f"grey{seed:03d}", image=image, values={Task.DEPTH: grey_depth(image)}, camera=cam
+    )
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    """Calibration of the grey teacher, and a folder of new pictures of its domain."""
+    root = tmp_path_factory.mktemp("grey")
+    write_label_set(root / "truth", n=24, make=grey_label, dataset={"tasks": ["depth"]})
+    calibrate(teacher={"name": GREY}, labels=str(root / "truth"), out=str(root / "c.json"),
+              tasks=["depth"], domain="grey")  # fmt: skip
+    (root / "photos").mkdir()
+    for i in range(6):
+        Image.fromarray(grey_label(100 + i).image).save(root / "photos" / f"{i}.png")
+    Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(root / "photos" / "night.png")
+    return root
+
+
+def job(root, out, **more):
+    given = {
+        "teacher": {"name": GREY}, "images": str(root / "photos"), "out": str(out),
+        "tasks": ["depth"], "max_side": None, "shard_size": 4, "batch_size": 2,
+        "keep_pictures": False, "threads": 1, "calibration": str(root / "c.json"),
+    }  # fmt: skip
+    return jobs.label(**given | more)
+
+
+def test_a_label_job_stores_confidence_and_where_it_holds(grey, tmp_path):
+    """Pictures of the domain carry a confidence that is right; the black one carries none."""
+    job(grey, tmp_path / "labels")
+    labels = LabelSet(tmp_path / "labels")
+    stated = json.loads((tmp_path / "labels" / "dataset.json").read_text())["calibration"]
+    assert stated["domain"] == "grey" and len(stated["sha256"]) == 64
+    bins, used = metrics.CalibrationBins(), 0
+    for one in labels:
+        said = one.provenance["calibration"]
+        if said["used"] == "none":
+            assert not one.confidence and said["nearest"] == "grey"
+            continue
+        assert one.image.any(), "the black picture lies in no domain of grey ones"
+        used += 1
+        ratio = np.exp(np.abs(np.log(one.values[Task.DEPTH] / grey_depth(one.image))))
+        bins.add(np.clip(one.confidence[Task.DEPTH], 0, 1), ratio < 1.25)
+        assert one.uncertainty[Task.DEPTH].min() > 0
+    assert 4 <= used <= 6
+    assert bins.result()["ece"] < 0.06
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": {"name": GREY, "wrong": 2.0}}, r"another teacher \(wrong: 2.0 here, 1.0"),
+        ({"calibration": "/nowhere.json"}, r"/nowhere\.json: no calibration there"),
+        (
+            {"anchor": {"name": "range", "near_m": 1.0, "far_m": 9.0}},
+            "calibration and anchor exclude",
+        ),
+    ],
+)
+def test_a_job_refuses_a_calibration_that_cannot_hold(grey, tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        job(grey, tmp_path / "labels", **change)
+    assert not (tmp_path / "labels").exists()
+
+
+def test_the_domains_limit_is_that_of_images_left_out():
+    """Against thirty covariances computed one by one without the image."""
+    facts = np.random.default_rng(0).normal(size=(30, 4))
+    domain = Domain.of("d", [dict(zip("abcd", row, strict=True)) for row in facts])
+    distances = []
+    for i, row in enumerate(facts):
+        others = np.delete(facts, i, 0)
+        gap = row - others.mean(0)
+        distances.append(np.sqrt(gap @ np.linalg.inv(np.cov(others.T)) @ gap))
+    assert domain.limit == pytest.approx(DOMAIN_SLACK * np.quantile(distances, 0.99), rel=1e-3)
