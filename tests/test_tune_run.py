@@ -157,6 +157,23 @@ def test_the_average_follows_the_formula():
     assert torch.allclose(module.averaged[name], first + 0.5, atol=1e-6)
 
 
+def test_the_average_starts_anew_at_the_change_of_size():
+    """At that step a tenth of the old average is left, one step later 2/11 of that mixture."""
+    torch.manual_seed(0)
+    module = TuneModule(MiniAdapter(TINY), peak_lr=1e-3, warmup=1, steps=900, decay=0, ema=0.999,
+                        average_from=500)  # fmt: skip
+    name = "net.image.stem.weight"
+    first = module.averaged[name].clone()
+    with torch.no_grad():
+        module.network.state_dict()[name].add_(1.0)
+    module.step = 500
+    module._average()
+    assert torch.allclose(module.averaged[name], first + 0.9, atol=1e-6)
+    module.step = 501
+    module._average()
+    assert torch.allclose(module.averaged[name], first + 1 - 0.1 * 2 / 11, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [

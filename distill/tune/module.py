@@ -43,14 +43,20 @@ class TuneModule(L.LightningModule):
         steps: int,
         decay: int,
         ema: float,
+        average_from: int = 0,
         weight_decay: float = 0.01,
         precision: torch.dtype = torch.bfloat16,
     ) -> None:
-        """``ema`` is the decay per step of the averaged weights."""
+        """``ema`` is the decay per step of the averaged weights.
+
+        From step ``average_from`` (the change of size) the average starts anew: weights that saw
+        another size would spoil it for thousands of steps.
+        """
         super().__init__()
         self.automatic_optimization = False
         self.generator, self.network = generator, generator.network
         self.schedule = {"peak": peak_lr, "warmup": warmup, "steps": steps, "decay": decay}
+        self.average_from = average_from
         self.ema_decay, self.weight_decay, self.precision = ema, weight_decay, precision
         self.averaged = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.step = 0
@@ -113,7 +119,8 @@ class TuneModule(L.LightningModule):
             )
 
     def _average(self) -> None:
-        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        age = self.step - (self.average_from if self.step >= self.average_from else 0)
+        decay = min(self.ema_decay, (1 + age) / (10 + age))
         live = self.network.state_dict()
         names = [k for k, v in live.items() if v.is_floating_point()]
         torch._foreach_lerp_([self.averaged[k] for k in names], [live[k] for k in names], 1 - decay)

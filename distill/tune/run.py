@@ -198,7 +198,8 @@ def _module(
     adapter = MiniAdapter(sizes)
     if start is not None:
         adapter.net.load_state_dict(start)
-    return TuneModule(adapter, peak_lr=lr, warmup=warmup, steps=plan.steps, decay=decay, ema=ema)
+    return TuneModule(adapter, peak_lr=lr, warmup=warmup, steps=plan.steps, decay=decay, ema=ema,
+                      average_from=plan.small_steps)  # fmt: skip
 
 
 def resume(module: TuneModule, folder: Path) -> int:
