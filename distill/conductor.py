@@ -19,7 +19,7 @@ from distill.lesson_report import REPORT, write_report
 from distill.module import Lesson
 from distill.parallel import rank
 from distill.resume import save_state
-from student.checkpoint import save_student
+from student.checkpoint import load_student, save_student, write_atomic
 
 STUDENT, STATE, BEST = "student.safetensors", "state.safetensors", "best.safetensors"
 FLUSH_EVERY = 20  # steps
@@ -183,8 +183,9 @@ class Conductor(L.Callback):
             self._validate()
         self.save_student()
         best = self.folder / BEST
-        if best.is_file():
-            best.replace(self.folder / STUDENT)
+        if best.is_file():  # it goes when the run is finished: a crash here loses nothing
+            write_atomic(self.folder / STUDENT, best.read_bytes())
+            self.numbers = load_student(best).provenance["validation"]
         result = self._result()
         write_report(self.folder, self.identity, worst=self.worst, result=result)
         return result

@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from tqdm import tqdm
 
-from distill.conductor import STATE, Conductor
+from distill.conductor import BEST, STATE, Conductor
 from distill.data import DataModule, merged_classes
 from distill.masked import world
 from distill.module import Lesson
@@ -163,7 +163,8 @@ def _train(
         result = _teach(lesson, lessons, folder, identity, device)
         document = {"format": FORMAT, **identity, "result": result}
         write_atomic(folder / RUN, json.dumps(document, indent=1, sort_keys=True).encode())
-        (folder / STATE).unlink(missing_ok=True)
+        for name in (STATE, BEST):
+            (folder / name).unlink(missing_ok=True)
     return result
 
 

@@ -142,6 +142,7 @@ def test_patience_ends_the_lesson_with_the_best_student(labels, tmp_path, monkey
     assert result["steps"] == 4 and "stopped early" in result["summary"]
     student = load_student(out / "student.safetensors")
     assert student.provenance["steps"] == 2  # of loss 1.0, seen first
+    assert result["validation"]["loss"] == result["objective"] == 1.0
     assert not (out / "best.safetensors").exists() and not (out / "state.safetensors").exists()
     with pytest.raises(UsageError, match=r"patience needs held-out images"):
         trainer_config({"patience": 2, "val_share": 0.0})
@@ -259,3 +260,17 @@ def test_the_report_shows_curves_and_the_worst_cases_and_needs_no_network(labels
     write_report(out, identity, worst=[], result=None)
     assert "step 0 of 3" in (out / "report.html").read_text()
     assert np.isnan(read_rows(out / "absent.csv") or [NAN]).all()
+
+
+def test_a_student_alone_is_judged_before_any_export(labels, tmp_path):
+    from export.verify import verify
+
+    student = {**STUDENT, "tasks": ["depth", "normals"]}
+    made = train(
+        data=labels, out=str(tmp_path / "run"), student=student, trainer={**SHORT, "steps": 1}
+    )
+    result = verify(export=made["student"], labels=labels, out=str(tmp_path / "verify"), limit=3)
+    assert result["exit"] == 0 and result["findings"] == []
+    mean = result["scores"]["student.safetensors"]["truth"]["mean"]
+    assert {"delta1", "abs_rel", "boundary_f1"} <= set(mean["depth"]) & set(mean["depth_aligned"])
+    assert mean["depth"]["images"] == 3 and mean["normals"]["mean_deg"] > 0
