@@ -169,6 +169,8 @@ class TorchRuntime:
 def _placement(session: Any) -> dict[str, list[str]]:
     """Provider -> operators that really run there, as ONNX Runtime recorded it."""
     placed: dict[str, list[str]] = {}
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # before ONNX Runtime 1.24
+        return placed
     for part in session.get_provider_graph_assignment_info():
         placed.setdefault(part.ep_name, []).extend(n.op_type for n in part.get_nodes())
     return placed

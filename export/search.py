@@ -29,6 +29,7 @@ class Search:
 
 def smallest_islands(groups: Sequence[str], excess: Excess) -> Search:
     """Islands out of ``groups`` so that ``excess(islands)`` is at most 1; see the module."""
+    everything = frozenset(groups)
     trail: list[dict[str, Any]] = []
     known: dict[frozenset[str], float] = {}
 
@@ -36,10 +37,13 @@ def smallest_islands(groups: Sequence[str], excess: Excess) -> Search:
         if islands not in known:
             value = known[islands] = excess(islands)
             shown = round(value, 4) if math.isfinite(value) else None
-            trail.append({"islands": sorted(islands), "excess": shown})
+            few = len(islands) <= len(everything) / 2
+            told = (
+                {"islands": sorted(islands)} if few else {"all_but": sorted(everything - islands)}
+            )
+            trail.append(told | {"excess": shown})
         return known[islands]
 
-    everything = frozenset(groups)
     if measure(frozenset()) <= 1:
         return Search(islands=(), excess=measure(frozenset()), trail=trail)
     if measure(everything) > 1:

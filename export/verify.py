@@ -224,6 +224,8 @@ def read_run(folder: Path, artefact: Path, keys: Sequence[str]) -> dict[str, Any
     if not path.is_file():
         raise UsageError(f"{path}: no saved answers; run with rerun=true once.")
     run = json.loads(path.read_bytes())
+    if "error" not in run and "broken" not in run:
+        raise UsageError(f"{path}: answers of an earlier version; run with rerun=true.")
     if run["sha256"] != hash_file(artefact) or run["keys"] != list(keys):
         raise UsageError(
             f"{folder}: these answers are of another {artefact.name} or of other images; run with "
