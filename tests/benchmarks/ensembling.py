@@ -24,7 +24,7 @@ from teacher.generators import load_teacher
 from teacher.generators.diffusion import COMBINE, combine_depth
 from teacher.label import Task
 
-MEMBERS, SIZE = 10, (96, 128)
+MEMBERS, SIZE = 10, (48, 64)
 
 
 def pipeline_members(images: int) -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def pipeline_members(images: int) -> list[torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         write_marigold(Path(folder, "depth"), kind="depth")
         changes = {"depth": f"{folder}/depth", "normals": None, "seeds": list(range(MEMBERS))}
-        teacher = load_teacher(**options("marigold", **changes, side_px=128))
+        teacher = load_teacher(**options("marigold", **changes, side_px=64))
         queries = [query(f"image {i}", *SIZE, seed=i) for i in range(images)]
         model = teacher.models[Task.DEPTH]  # type: ignore[attr-defined]
         return list(model.members(queries, seeds=teacher.seeds, mirror=False)[:, :, 0])
@@ -47,14 +47,14 @@ def planted(seed: int, *, bend: float, noise: float, wrong: int) -> tuple[torch.
     rng = np.random.default_rng(seed)
 
     def room() -> np.ndarray:
-        boxes = zoom(rng.uniform(0, 1, (6, 8)), 16, order=0)
+        boxes = zoom(rng.uniform(0, 1, (6, 8)), 8, order=0)
         slope = np.linspace(1, 0, SIZE[0])[:, None]
         return 0.5 * boxes + 0.5 * slope
 
     truth = room()
     members = []
     for i in range(MEMBERS):
-        wave = gaussian_filter(rng.normal(0, 1, SIZE), 16)
+        wave = gaussian_filter(rng.normal(0, 1, SIZE), 8)
         shown = room() if i >= MEMBERS - wrong else truth
         y = shown + bend * wave / wave.std() + rng.normal(0, noise, SIZE)
         members.append(rng.uniform(0.4, 0.9) * y + rng.uniform(0, 0.3))
@@ -82,7 +82,7 @@ def moved(members: torch.Tensor, how: str, jitter: float, seed: int) -> float:
     return float(np.abs(value - other).max() / np.ptp(value))
 
 
-def main(images: int = 8) -> None:
+def main(images: int = 4) -> None:
     """Print both tables."""
     found = pipeline_members(images)
     alike, times, moves = [], {h: 0.0 for h in COMBINE}, {h: [] for h in COMBINE}  # type: ignore[var-annotated]
