@@ -215,10 +215,10 @@ def _check_depth(key: str, depth_m: np.ndarray) -> None:
 def _check_normals(key: str, normals: np.ndarray) -> None:
     if normals.dtype != np.float32:
         _fail(key, "normals dtype", normals.dtype, "float32")
-    nan = np.isnan(normals)
-    if (nan.any(-1) != nan.all(-1)).any():
+    x, y, z = (np.isnan(normals[..., i]) for i in range(3))
+    if ((x != y) | (y != z)).any():
         _fail(key, "a normal", "partly NaN", "three numbers or three NaN")
-    length = np.sqrt((normals[~nan.any(-1)].astype(np.float64) ** 2).sum(-1))
+    length = np.sqrt(np.einsum("hwc,hwc->hw", normals, normals))[~x]
     if length.size and not np.abs(length - 1).max() <= UNIT_TOLERANCE:
         worst = length[np.abs(length - 1).argmax()]
         _fail(key, "the length of a normal", f"{worst:g}", f"1 within {UNIT_TOLERANCE}")

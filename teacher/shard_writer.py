@@ -77,6 +77,10 @@ class ShardWriter:
             self.file.close()
             seal = seal_of(self.temporary, self.rows, plan_hash=self.plan_hash)
             seal = self._name(seal) | {"run": run}
+        except FileNotFoundError:
+            if self.final.with_suffix(".json").exists():
+                return False  # we slept; others sealed the shard and removed our file
+            raise
         except OSError as error:
             error.filename = error.filename or str(self.temporary)
             raise

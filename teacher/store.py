@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher.errors import UsageError
-from teacher.jobs.commit import create_exclusive, replace_atomically, tidy
+from teacher.jobs.commit import create_exclusive, name_synced, naming, temporary_beside, tidy
 from teacher.label import Camera, Label, Task, validate
 from teacher.shard_writer import ShardWriter
 from teacher.shards import (
@@ -146,20 +146,38 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def write_index(folder: Path) -> dict[str, int]:
     """(Re)build ``index.parquet`` from the seals; returns how many inputs are in each state.
 
-    Of a complete set it also removes what dead workers left.
+    Memory does not grow with the set. Of a complete set it also removes what dead workers left.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = read_rows(folder)
-    names = ["key", "uri", "state", "reason", "shard", "offset", "size"]
-    names += sorted({name for row in rows for name in row} - set(names))
-    table = pa.Table.from_pylist([{n: row.get(n) for n in names} for row in rows])
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    replace_atomically(folder / INDEX, buffer.getvalue())
+    seals = list(sealed_shards(folder).items())
+    names: set[str] = set()
+    for _, path in seals:
+        names.update(*read_seal(path)["rows"])
+    texts, counts = ["key", "uri", "state", "reason"], ["shard", "offset", "size"]
+    kinds = dict.fromkeys(texts, pa.string()) | dict.fromkeys(counts, pa.int64())
+    kinds |= {name: pa.float64() for name in sorted(names - {*kinds, "height", "width"})}
+    kinds |= dict.fromkeys(sorted(names & {"height", "width"}), pa.int64())
+    states: Counter[str] = Counter()
+    temporary = temporary_beside(folder / INDEX)
+    try:
+        schema = pa.schema(list(kinds.items()))
+        with (
+            naming(folder / INDEX),
+            temporary.open("xb") as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
+            for start in range(0, len(seals), 100):
+                rows = []
+                for number, path in seals[start : start + 100]:
+                    rows += [row | {"shard": number} for row in read_seal(path)["rows"]]
+                states.update(row["state"] for row in rows)
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        name_synced(temporary, folder / INDEX)
+    finally:
+        temporary.unlink(missing_ok=True)
     tidy(folder)
-    states = Counter(row["state"] for row in rows)
     return {name: states[name] for name in ("labelled", "rejected", "duplicate_of")}
 
 

@@ -15,7 +15,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,16 +90,22 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and bring its bytes to the disk; the name is not yet durable."""
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the disk inside the block says which file it was."""
     try:
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and bring its bytes to the disk; the name is not yet durable."""
+    with naming(path), path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def publish(temporary: Path, final: Path) -> bool:
@@ -145,9 +151,10 @@ def discard(path: Path, *, inode: int) -> None:
         path.rename(temporary)
     except FileNotFoundError:
         return
-    if temporary.stat().st_ino != inode:  # replaced since it was judged
-        publish(temporary, path)
-    temporary.unlink()
+    with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+        if temporary.stat().st_ino != inode:  # replaced since it was judged
+            publish(temporary, path)
+        temporary.unlink()
     sync_directory(path.parent)
 
 
@@ -155,11 +162,22 @@ def replace_atomically(path: Path, data: bytes) -> None:
     """Replace a file that can be rebuilt (an index, a report) in one step."""
     temporary = temporary_beside(path)
     try:
-        write_synced(temporary, data)
-        temporary.replace(path)
-        sync_directory(path.parent)
+        with naming(path):
+            temporary.write_bytes(data)
+        name_synced(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def name_synced(temporary: Path, path: Path) -> None:
+    """Sync a file and let it take the place of one that can be rebuilt."""
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    temporary.replace(path)
+    sync_directory(path.parent)
 
 
 class Lease:
