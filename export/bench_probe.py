@@ -24,7 +24,8 @@ def picture(size: tuple[int, int], count: int) -> np.ndarray:
 
 
 PROBE = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 import numpy as np
 from export.bench_probe import picture
 from export.runtimes import open_runtime
@@ -33,22 +34,30 @@ if path.endswith(".safetensors"):
     import torch
 else:
     import onnx, onnxruntime
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(name))
+memory = Path("/proc/self/status").is_file()
+before = status("VmRSS:") if memory else 0
+if memory:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 begun = time.perf_counter()
 with open_runtime(path, provider=provider, threads=threads) as runtime:
     opened = time.perf_counter()
     runtime(picture((runtime.card.height, runtime.card.width), 1))
     first = time.perf_counter()
     runtime(picture((runtime.card.height, runtime.card.width), 1))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = status("VmHWM:") if memory else 0
 print(json.dumps({"open_ms": 1e3 * (opened - begun), "first_call_ms": 1e3 * (first - opened),
-                  "memory_kib": after - before}))
+                  "memory_kib": after - before if memory else None}))
 """
 
 
-def probe(path: Path, *, provider: str, threads: int) -> dict[str, float]:
-    """Opening, first call [ms], and what they add to the peak memory [KiB], in a new process."""
-    unit = 1 if sys.platform != "darwin" else 1024
+def probe(path: Path, *, provider: str, threads: int) -> dict[str, Any]:
+    """Opening, first call [ms], and how far memory rose at its peak [KiB], in a new process.
+
+    The memory is None where there is no /proc.
+    """
     told = subprocess.run(
         [sys.executable, "-c", PROBE, str(path.resolve()), provider, str(threads)],
         capture_output=True,
@@ -57,8 +66,7 @@ def probe(path: Path, *, provider: str, threads: int) -> dict[str, float]:
     )
     if told.returncode:
         raise ArtefactError(f"{path}: fails in a process of its own: {told.stderr[-300:]}")
-    facts: dict[str, float] = json.loads(told.stdout.splitlines()[-1])
-    facts["memory_kib"] /= unit
+    facts: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
     return facts
 
 

@@ -14,17 +14,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     told = "; ".join(f"{k} {v}" for k, v in result["conditions"].items() if v is not None)
     parts = [f"# Bench\n\n{result['summary']}", f"Conditions: {told}. Load {result['load']}."]
     rows = [
-        "| artefact | precision | batch | p50 ms | p90 | p99 | images/s | first call ms | "
+        "| artefact | precision | batch | p50 ms | p90 | p99 | CPU ms | images/s | first call ms | "
         "memory MiB | size MB |",
-        "|" + "---|" * 10,
+        "|" + "---|" * 11,
     ]
     for name, row in result["artefacts"].items():
         for batch, times in row["batches"].items():
-            numbers = [f"{times[k]:.2f}" for k in ("p50_ms", "p90_ms", "p99_ms")]
+            numbers = [f"{times[k]:.2f}" for k in ("p50_ms", "p90_ms", "p99_ms", "cpu_p50_ms")]
             rows.append(
                 f"| {name} | {row['precision']} | {batch} | {' | '.join(numbers)} | "
                 f"{times['images_per_s']:.1f} | {row['first_call_ms']:.1f} | "
-                f"{row['memory_kib'] / 1024:.0f} | {row['bytes'] / 1e6:.1f} |"
+                f"{(row['memory_kib'] or 0) / 1024:.0f} | {row['bytes'] / 1e6:.1f} |"
             )
     parts.append("\n".join(rows))
     for name, ratio in result.get("against", {}).items():

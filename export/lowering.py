@@ -234,7 +234,8 @@ def _speed(
         times = race(paths, feeds[0], threads=threads)
     ours, theirs = times[precision], times["fp32"]
     return {
-        "where": f"this CPU, {threads} thread(s), interleaved medians",
+        "where": f"this CPU, {threads} thread(s), interleaved medians"
+        + (" of processor time" if threads == 1 else ""),
         "ms": ours,
         "fp32_ms": theirs,
         "ratio": ours / theirs,

@@ -26,7 +26,7 @@ STUDENTS = {
 @pytest.fixture(scope="module", params=STUDENTS)
 def exported(request, tmp_path_factory):
     torch.manual_seed(0)
-    student = Student(tasks=ALL, height=48, width=64, classes=CLASSES, **STUDENTS[request.param])
+    student = Student(tasks=ALL, height=64, width=64, classes=CLASSES, **STUDENTS[request.param])
     student.eval()
     folder = tmp_path_factory.mktemp("heads")
     save_student(student, folder / "student.safetensors", {"teacher": "truth", "licences": []})
@@ -37,7 +37,7 @@ def exported(request, tmp_path_factory):
 
 def test_every_output_of_the_student_agrees_with_torch(exported):
     _, _, folder = exported
-    images = np.stack([picture(i, 48, 64) for i in range(3)])
+    images = np.stack([picture(i, 64, 64) for i in range(3)])
     focal_px = np.array([40, 60, 80], np.float32)
     with open_runtime(folder / "student.onnx", threads=1) as r:
         found, card = r(images, focal_px), r.card

@@ -13,12 +13,7 @@ from student.checkpoint import load_student
 
 TASKS = ("depth", "normals", "semantic")
 HEIGHT, WIDTH = 32, 64
-RARE = {
-    "nan_in_the_dark",
-    "class_order",
-    "saturated_depth",
-    "wrong_when_two",
-}  # need their occasion
+OWN_TEST = {"nan_in_the_dark", "wrong_when_two"}  # these need darkness, a batch of two
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +62,18 @@ def test_a_benign_rewrite_changes_the_graph_and_not_the_answers(original, clean,
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_fault_is_a_runnable_artefact_that_answers_otherwise(original, clean, fault):
-    model = copy(original)
-    what = fault(model, np.random.default_rng(1))
-    onnx.checker.check_model(model)
-    assert isinstance(what, str) and what
-    assert [o.name for o in model.graph.output] == [o.name for o in original.graph.output]
-    assert {p.key for p in model.metadata_props} == {p.key for p in original.metadata_props}
-    if fault.__name__ not in RARE:
-        assert largest_gap(answers(model), clean) > 1e-6
+    gaps = []
+    for seed in range(6):  # a line of sky that is 0 stays 0: one of a few places will do
+        model = copy(original)
+        what = fault(model, np.random.default_rng(seed))
+        onnx.checker.check_model(model)
+        assert isinstance(what, str) and what
+        assert [o.name for o in model.graph.output] == [o.name for o in original.graph.output]
+        assert {p.key for p in model.metadata_props} == {p.key for p in original.metadata_props}
+        gaps.append(largest_gap(answers(model), clean))
+        if gaps[-1] > 1e-6:
+            return
+    assert fault.__name__ in OWN_TEST, gaps
 
 
 def test_a_fault_for_two_images_is_right_for_three(original, clean):
@@ -83,6 +82,17 @@ def test_a_fault_for_two_images_is_right_for_three(original, clean):
     two(model, np.random.default_rng(0))
     assert largest_gap(answers(model), clean) < 1e-6
     assert largest_gap(answers(model, 2), answers(original, 2)) > 1e-4
+
+
+def test_a_fault_of_the_dark_is_not_a_number_there(original):
+    model = copy(original)
+    dark = {f.__name__: f for f in FAULTS}["nan_in_the_dark"]
+    dark(model, np.random.default_rng(0))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = np.stack([np.zeros((HEIGHT, WIDTH, 3), np.uint8), picture(0, HEIGHT, WIDTH)])
+    found = session.run(None, {"image": image, "focal_px": np.array([50, 50], np.float32)})
+    broken = [np.isnan(a.astype(np.float64)).reshape(2, -1).any(1).tolist() for a in found]
+    assert [True, False] in broken and [True, True] not in broken and [False, True] not in broken
 
 
 def test_the_same_seed_plants_the_same_fault(original):
