@@ -20,6 +20,7 @@ from teacher.label import Camera, Label, Task, coverage
 FORMAT, VERSION = "dense-label-set", 1
 MAX_MEMBER_BYTES = 1 << 30  # one file inside a shard; more is taken for an attack
 BLANK = "0" * 64
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 # a seal of the first days has these fields and no `seal_sha256`
 FIRST_FIELDS = set("format version plan_hash count ids_sha256 sha256 bytes rows run".split())
 
@@ -35,7 +36,7 @@ def content_key(data: bytes) -> str:
 
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return ENCODER.encode(value).encode()
 
 
 def shard_name(number: int) -> str:

@@ -138,6 +138,7 @@ def content_keys(source: Source, uris: Sequence[str], *, threads: int) -> list[s
     """
     cache = HashCache()
     keys: list[str] = []
+    stamp_all = lambda some: [source.stamp(uri) for uri in some]  # noqa: E731
     try:
         with (
             ThreadPoolExecutor(threads) as pool,
@@ -145,7 +146,8 @@ def content_keys(source: Source, uris: Sequence[str], *, threads: int) -> list[s
         ):
             for start in range(0, len(uris), 2000):
                 part = uris[start : start + 2000]
-                stamps = list(pool.map(source.stamp, part))
+                few = [part[k : k + 100] for k in range(0, len(part), 100)]  # threads cost, too
+                stamps = [s for some in pool.map(stamp_all, few) for s in some]
                 known = cache.known([s for s in stamps if s])
                 pairs = list(zip(part, stamps, strict=True))
                 todo = [(u, s) for u, s in pairs if s not in known]

@@ -97,7 +97,7 @@ class FileSource:
 
     def stamp(self, uri: str) -> str:
         """Path, size, time."""
-        return readable(file_stamp(self._path(uri)))
+        return readable(file_stamp(os.path.join(self.root, self._odd.get(uri, uri))))  # noqa: PTH118
 
 
 class LayoutSource(FileSource):
