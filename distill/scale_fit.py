@@ -18,6 +18,7 @@ import numpy as np
 
 FOLDS = 5
 POWERS = (0.25, 2.5)  # of an uncertainty; beyond, it would say something else than it was taught
+NEAR = 1.5
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -27,7 +28,7 @@ class Fit:
 
     Attributes:
         values: (a, b) of a depth, (g, p) of an uncertainty; the identity if not kept.
-        kept: whether images that it was not fitted on got better by more than one standard error.
+        kept: whether images that it was not fitted on got better by more than two standard errors.
         before, after: mean loss over images without and with, each image judged by the fit of the
             others (depth: |ln ratio|; uncertainty: negative log likelihood).
         images: with something to judge.
@@ -48,18 +49,26 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def fit_affine(depth: np.ndarray, truth: np.ndarray, *, shift: bool = True) -> tuple[float, float]:
-    """(a, b) that minimise sum ((a d + b - t) / t)^2, in closed form; b = 0 without ``shift``.
+    """(a, b) of a d + b = t, in closed form; b = 0 without ``shift``.
 
-    Relative errors, so that near and far points count alike. ``depth`` and ``truth`` are positive,
-    in metres of one camera, any equal shape. Without two different depths the shift stays 0.
+    a alone is exp(median ln(t / d)), best for |ln ratio|. With a shift: least squares of
+    (a d + b - t)^2 / (d t), in which near and far, too large and too small count alike, over the
+    points that the scale alone brings within a factor `NEAR`; a single near pixel taken for far
+    would decide it otherwise. ``depth`` and ``truth`` are positive, in metres of one camera, of
+    equal shape. Points of one depth only give no shift.
     """
     d, t = np.asarray(depth, np.float64).ravel(), np.asarray(truth, np.float64).ravel()
-    x, y = d / t, 1 / t  # a x + b y = 1
-    xx, xy, yy, sx, sy = x @ x, x @ y, y @ y, x.sum(), y.sum()
-    determinant = xx * yy - xy * xy
-    if not shift or determinant <= 1e-9 * xx * yy:
-        return float(sx / xx), 0.0
-    return float((sx * yy - sy * xy) / determinant), float((sy * xx - sx * xy) / determinant)
+    scale = math.exp(float(np.median(np.log(t / d))))
+    if not shift:
+        return scale, 0.0
+    near = np.abs(np.log(scale * d / t)) < math.log(NEAR)
+    d, t = d[near], t[near]
+    w = 1 / (d * t)
+    dd, d1, one, dt, t1 = w @ d**2, w @ d, w.sum(), w @ (d * t), w @ t
+    determinant = dd * one - d1 * d1
+    if len(d) < 2 or determinant <= 1e-9 * dd * one:
+        return scale, 0.0
+    return float((dt * one - t1 * d1) / determinant), float((t1 * dd - dt * d1) / determinant)
 
 
 def fit_power(uncertainty: np.ndarray, error: np.ndarray) -> tuple[float, float]:
@@ -129,7 +138,7 @@ def cross_validated(
             after.append(loss(pair, values))
             gains.append(before[-1] - after[-1])
     chance = float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
-    kept = float(np.mean(gains)) > chance
+    kept = float(np.mean(gains)) > 2 * chance
     values = fit(*_joined([p for _, p in order])) if kept else identity
     return Fit(
         values=values,

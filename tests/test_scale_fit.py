@@ -20,13 +20,20 @@ def test_an_exact_line_comes_back_and_so_does_a_scale():
     assert fit_affine(np.full(4, 2.0), np.full(4, 3.0)) == pytest.approx((1.5, 0.0))
 
 
-def test_the_closed_form_is_the_least_squares_of_relative_errors():
+def test_the_closed_form_is_the_least_squares_of_symmetric_relative_errors():
     rng = np.random.default_rng(0)
     d = rng.uniform(1, 10, 50)
-    t = 1.3 * d + 0.4 + rng.normal(0, 0.3, 50) * d
-    t = np.maximum(t, 0.2)
-    want, *_ = np.linalg.lstsq(np.stack([d / t, 1 / t], 1), np.ones(50), rcond=None)
+    t = (1.3 * d + 0.4) * np.exp(rng.normal(0, 0.05, 50))
+    root = 1 / np.sqrt(d * t)
+    want, *_ = np.linalg.lstsq(np.stack([d * root, root], 1), t * root, rcond=None)
     assert fit_affine(d, t) == pytest.approx(tuple(want), rel=1e-9)
+    wild = np.append(d, 80.0), np.append(t, 0.5)  # one near pixel taken for far
+    assert fit_affine(*wild) == pytest.approx(tuple(want), rel=1e-9)
+
+
+def test_a_scale_is_the_median_ratio():
+    d, t = np.array([1.0, 2.0, 3.0]), np.array([2.0, 6.0, 3.0])
+    assert fit_affine(d, t, shift=False) == pytest.approx((2.0, 0.0))
 
 
 def pairs(change, *, noise: float, images: int = 12, seed: int = 0):
@@ -42,7 +49,7 @@ def test_a_wrong_scale_is_mended_and_a_right_one_left_alone():
     wrong = fit_scale(KEYS, pairs(lambda t: t / 1.5, noise=0.05))
     assert wrong.kept and wrong.values[0] == pytest.approx(1.5, rel=0.03)
     assert wrong.after < 0.25 * wrong.before and wrong.images == 12
-    right = fit_scale(KEYS, pairs(lambda t: t, noise=0.2))
+    right = fit_scale(KEYS, pairs(lambda t: t, noise=0.05))
     assert not right.kept and right.values == (1.0, 0.0)
 
 
@@ -85,7 +92,7 @@ def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):
     assert fitted.provenance["steps"] == 3
     assert fitted.provenance["calibration"]["depth"] == first["depth"]
     wanted = {k: v["values"] for k, v in first.items() if isinstance(v, dict) and v["kept"]}
-    assert fitted.config["calibration"] == pytest.approx(wanted)
+    assert fitted.config["calibration"] == wanted
     arguments["checkpoint"] = str(tmp_path / "b.safetensors")
     again = fit_student(**arguments, out=str(tmp_path / "c.safetensors"))
     assert again["depth"] == first["depth"]  # the first fit is undone, not doubled
