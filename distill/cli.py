@@ -218,15 +218,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(verb_help(verb))
         return 0
-    try:
-        with handled_signals():
+    with handled_signals():
+        try:
             if any(a in ("-m", "--multirun") for a in rest):
                 return sweep(verb, rest)
             result = run_verb(verb, rest)
-    except SystemExit:
-        raise
-    except BaseException as error:
-        return complain(verb, error)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            return complain(verb, error)
     print(result["summary"], flush=True)
     return int(result.get("exit", 0))
 

@@ -190,20 +190,20 @@ def child(job: dict, fault: dict | None, errors: int) -> None:
     sys.stderr = os.fdopen(2, "w")
     commit.Lease.LIFETIME_S = LEASE_S
     counter, code = None, 0
-    try:
-        with cli.handled_signals():
+    with cli.handled_signals():
+        try:
             if fault is not None:
                 commit.WAITS_S = engines.WAITS_S = (0.0, 0.0, 0.0, 0.0)
                 counter = arm(fault)
             run.label(**job)
-    except BaseException as error:
+        except BaseException as error:
+            sys.settrace(None)
+            code = cli.complain("label", error)
         sys.settrace(None)
-        code = cli.complain("label", error)
-    sys.settrace(None)
-    if counter is not None:
-        print(f"LINES {next(counter)}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(code)
+        if counter is not None:
+            print(f"LINES {next(counter)}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def serve() -> None:
