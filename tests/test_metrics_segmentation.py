@@ -228,6 +228,24 @@ def test_pq_agrees_with_torchmetrics_while_nothing_is_predicted_void():
     assert ours["pq"] == pytest.approx(float(judge.compute()), abs=1e-6)
 
 
+def test_pq_agrees_with_panopticapi():
+    """TP, FP, FN and summed IoU that cocodataset/panopticapi 7bb4655 counts on these four images.
+
+    It is on no package registry: `pq_compute_single_core` was run once (2026-11-23) on their PNGs.
+    """
+    counted = {
+        "a": (6, 17, 6, 4.388749370199142),
+        "b": (7, 16, 6, 4.545848595848596),
+        "c": (7, 17, 6, 4.564714014935955),
+    }
+    rng = np.random.default_rng(11)
+    pairs = [random_panoptic(rng, void_truth=True, void_pred=v) for v in (False, True) * 2]
+    ours = panoptic_quality(pairs, classes=ABC)["per_class"]
+    for name, (tp, fp, fn, iou) in counted.items():
+        assert (ours[name]["tp"], ours[name]["fp"], ours[name]["fn"]) == (tp, fp, fn)
+        assert ours[name]["sq"] * tp == pytest.approx(iou)
+
+
 def test_instance_ids_are_local_to_an_image():
     pair = (ids([0] * 4), ids([1] * 4)), (ids([0] * 4), ids([9] * 4))
     tally = PanopticTally(classes=ABC)
