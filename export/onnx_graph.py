@@ -225,6 +225,9 @@ def export_student(
     A precision that misses a budget, or is not faster, is declined: its numbers stand in
     ``export.json`` and ``exit`` is 1 if nothing but declined ones was asked for.
     """
+    wrong = sorted(set(precision) - set(PRECISIONS))
+    if wrong or not precision:
+        raise UsageError(f"precision={list(precision)}: expected some of {list(PRECISIONS)}.")
     lowered = [name for name in precision if name != "fp32"]
     if lowered and calibration is None:
         raise UsageError(
@@ -232,9 +235,6 @@ def export_student(
             "student will see (not the ones it is verified on)."
         )
     labels = LabelSet(calibration) if lowered and calibration is not None else None
-    wrong = sorted(set(precision) - set(PRECISIONS))
-    if wrong or not precision:
-        raise UsageError(f"precision={list(precision)}: expected some of {list(PRECISIONS)}.")
     if batch is not None and batch < 1:
         raise UsageError(f"batch={batch}: expected null (any number of images) or at least 1.")
     if focal_px is not None and not focal_px > 0:

@@ -82,7 +82,9 @@ def open_folder(out: str | os.PathLike[str], dataset: dict[str, Any]) -> Path:
     found = read_dataset(folder)
     if found["plan_hash"] != dataset["plan_hash"]:
         changed = sorted(
-            k for k in {*whole, *found} if whole.get(k) != found.get(k) and k != "plan_hash"
+            k
+            for k in {*whole, *found} - {"plan_hash", "software"}  # neither is part of the plan
+            if whole.get(k) != found.get(k)
         )
         raise UsageError(
             f"out={folder}: holds another job's label set (plan {found['plan_hash'][:12]}, this "
