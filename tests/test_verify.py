@@ -241,6 +241,8 @@ def test_bad_use(work, tmp_path):
         verify(export=str(tmp_path / "nothing"), labels=str(work / "labels"))
     with pytest.raises(UsageError, match=r"not a label set|no such folder"):
         verify(export=str(work / "export"), labels=str(tmp_path / "nothing"))
+    # saves the answers that the next two judge, whichever test came before
+    verify(export=str(work / "export"), labels=str(work / "labels"), truth=str(work / "truth"))
     with pytest.raises(UsageError, match=r"the student answers .*not \['flow'\]"):
         verify(
             export=str(work / "export"),
