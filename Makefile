@@ -12,7 +12,7 @@ demo: setup
 	$(BIN)/distill demo out=$(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
