@@ -38,7 +38,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "bench": ("export.benchmark", "bench", "latency, throughput, memory, size, side by side"),
     "predict": ("export.predict", "predict", "answers on any images, with pictures"),
 }
-DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENODEV}
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENODEV,
+               errno.ESTALE, errno.ETIMEDOUT}  # fmt: skip
 EXTRAS = {"mitsuba": "scenes", "tensorrt": "tensorrt", "ray": "ray"}
 
 

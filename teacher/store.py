@@ -167,8 +167,7 @@ def write_index(folder: Path) -> dict[str, int]:
         schema = pa.schema(list(kinds.items()))
         with (
             naming(folder / INDEX),
-            temporary.open("xb") as file,
-            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+            pq.ParquetWriter(str(temporary), schema, compression="zstd") as writer,
         ):
             for start in range(0, len(seals), 100):
                 rows = []
