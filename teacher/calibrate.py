@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +190,6 @@ def calibrate(
     tasks: list[str],
     domain: str | None = None,
     limit: int | None = None,
-    threads: int = 2,
 ) -> dict[str, Any]:
     """Ask a teacher about images with truth, learn when it is right, write ``out`` (JSON).
 
@@ -202,14 +200,12 @@ def calibrate(
         tasks: depth, normals, semantic; all that the label job will ask belong here.
         domain: name of the domain; null: the label set's folder name.
         limit: at most so many images; null: all.
-        threads: CPU threads of the teacher.
     """
     chosen = _chosen(tasks)
     label_set = LabelSet(labels)
     keys = list(label_set.keys)[:limit]
     if len(keys) < 8:
         raise UsageError(f"calibrate: {labels} has {len(keys)} images, expected at least 8")
-    _threads(threads)
     asked = load_teacher(**teacher)
     lacking = [str(t) for t in chosen if t not in asked.tasks]
     if lacking:
@@ -279,11 +275,6 @@ def answers_of(
                 " (align), see docs/anchors.md"
             )
     return {t: answers[t] for t in tasks}
-
-
-def _threads(count: int) -> None:
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(count)
 
 
 def _chosen(tasks: list[str]) -> list[Task]:

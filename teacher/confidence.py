@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +147,18 @@ class Calibration:
             "tasks": self.report.get("tasks"),
         }
 
-    def fits(self, description: Mapping[str, Any]) -> None:
-        """Raise `UsageError` if it was made for another teacher, naming what differs."""
+    def fits(self, description: Mapping[str, Any], tasks: Sequence[Task]) -> None:
+        """Raise `UsageError` if it was made for another teacher, or with tasks that are not asked.
+
+        The signs of one task come from the answers to all (depth against normals, say).
+        """
+        unasked = [str(t) for t in self.heads if t not in tasks]
+        if unasked:
+            raise UsageError(
+                f"calibration: it was made with {[str(t) for t in self.heads]} and needs them all,"
+                f" but {', '.join(unasked)} is not asked. Give tasks=[{','.join(self.heads)}], or"
+                f" run `distill calibrate tasks=[{','.join(str(t) for t in tasks)}]`"
+            )
         found = fingerprint(description)
         differs = [
             f"{k}: {found.get(k)!r} here, {self.teacher.get(k)!r} there"
@@ -168,30 +177,19 @@ class Calibration:
         ``label.provenance["calibration"]`` names the domain, the distance to it and its limit;
         outside, its ``used`` is "none" and the label keeps what the teacher said of itself.
         """
-        facts = image_facts(label.image, answers)
-        known = set(self.domain.facts) <= set(facts)
-        distance = self.domain.distance(facts) if known else math.inf
+        distance = self.domain.distance(image_facts(label.image, answers))
         inside = distance <= self.domain.limit
         label.provenance["calibration"] = {
             "used": self.domain.name if inside else "none",
             "nearest": self.domain.name,
-            "distance": round(distance, 4) if known else None,
+            "distance": round(distance, 4),
             "limit": round(self.domain.limit, 4),
         }
         if not inside:
             return
         for task, head in self.heads.items():
-            if task not in label.values:
-                continue
-            signs = doubt.signs(answers, task, label.camera)
-            missing = sorted(set(head.signs) - set(signs))
-            if missing:
-                raise UsageError(
-                    f"calibration: {task} was calibrated with {', '.join(missing)}, which needs"
-                    f" more tasks than {[str(t) for t in answers]}; ask the tasks it was made with"
-                )
             shape = label.values[task].shape[:2]
-            terms = head.terms(signs)
+            terms = head.terms(doubt.signs(answers, task, label.camera))
             confidence = head.confidence(terms).reshape(shape).astype(np.float32)
             spread = (
                 1 - confidence

@@ -79,9 +79,7 @@ def outline(depth_m: np.ndarray, classes: np.ndarray) -> np.ndarray:
     0 on smooth depth and where a border lies within a pixel; grows to the step's size at
     `OUTLINE_REACH_PX`. ``classes`` are class or instance ids [H, W].
     """
-    border = maximum_filter(classes, 3) != minimum_filter(classes, 3)
-    away = distance_transform_edt(~border) if border.any() else np.full(classes.shape, np.inf)
-    unexplained = np.clip((away - 1) / (OUTLINE_REACH_PX - 1), 0, 1)
+    unexplained = np.clip((border_distance(classes) - 1) / (OUTLINE_REACH_PX - 1), 0, 1)
     step = steepness(depth_m)
     return np.where(step > EDGE_LOG, step * unexplained, 0).astype(np.float32)
 
@@ -121,8 +119,8 @@ def signs(answers: Mapping[Task, Answer], task: Task, camera: Camera) -> dict[st
 
     ``residual`` and ``spread`` are there if the answer has them; ``surface`` needs depth and
     normals, ``outline`` depth and semantic; ``steep`` and ``far`` (log metres) come with depth,
-    ``border`` (class border near by) and ``lonely`` (distance from it) with semantic. What is
-    unknown at a pixel counts as most doubtful.
+    ``lonely`` (distance to the next class border) with semantic. What is unknown at a pixel counts
+    as most doubtful.
     """
     answer = answers[task]
     found: dict[str, np.ndarray] = {}

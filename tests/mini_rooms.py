@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from teacher.label import Camera, Label, Task
+from teacher.store import write_label_set
 
+TINY = {  # sizes of a `MiniNet` that trains in seconds
+    "channels": 8, "width": 32, "image_blocks": 1, "blocks": 2, "heads": 2, "text_width": 16,
+    "text_layers": 1,
+}  # fmt: skip
 CLASSES = {0: "wall", 1: "floor", 2: "ceiling", 3: "ball", 4: "globe", 5: "lamp"}
 
 
@@ -63,3 +70,14 @@ def room(seed: int, *, height: int = 48, width: int = 64) -> Label:
         camera=camera,
         provenance={"caption": f"a room with {int(instances.max())} balls"},
     )
+
+
+def write_rooms(path: Path, *, n: int, height: int, width: int) -> str:
+    """A label set of the first ``n`` rooms with truth of every task."""
+    dataset = {
+        "tasks": ["depth", "normals", "semantic", "instances"],
+        "classes": {str(k): v for k, v in CLASSES.items()},
+    }
+    make = lambda i: room(i, height=height, width=width)  # noqa: E731
+    write_label_set(path, n=n, make=make, dataset=dataset)
+    return str(path)

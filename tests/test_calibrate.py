@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from mini_rooms import CLASSES, room
+from mini_rooms import room, write_rooms
 from PIL import Image
 
 from teacher import doubt, metrics
@@ -72,13 +72,7 @@ PLANNED, AFFINE = "test_calibrate:PlannedTeacher", "test_calibrate:AffineTeacher
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rooms") / "set"
-    dataset = {
-        "tasks": ["depth", "normals", "semantic", "instances"],
-        "classes": {str(k): v for k, v in CLASSES.items()},
-    }
-    write_label_set(path, n=40, make=lambda i: room(i, **SIZE), dataset=dataset)
-    return str(path)
+    return write_rooms(tmp_path_factory.mktemp("rooms") / "set", n=40, **SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +170,7 @@ def test_confidence_is_the_share_of_right_pixels_on_new_images(made):
     """On rooms never seen: confidence bins hold, and uncertainty is the mean error."""
     calibration = Calibration.load(made[0])
     teacher = PlannedTeacher()
-    calibration.fits(teacher.describe())
+    calibration.fits(teacher.describe(), teacher.tasks)
     bins = {t: metrics.CalibrationBins() for t in teacher.tasks}
     errors, spreads, used = [], [], 0
     for seed in range(100, 130):
@@ -219,9 +213,9 @@ def test_the_file_comes_back_as_it_was(made):
 
 def test_another_teacher_is_refused_and_another_device_is_not(made):
     calibration = Calibration.load(made[0])
-    calibration.fits(PlannedTeacher(device="cuda").describe())
+    calibration.fits(PlannedTeacher(device="cuda").describe(), PlannedTeacher.tasks)
     with pytest.raises(UsageError, match=r"another teacher \(wrong: 0.5 here, 1.0 there\)"):
-        calibration.fits(PlannedTeacher(wrong=0.5).describe())
+        calibration.fits(PlannedTeacher(wrong=0.5).describe(), PlannedTeacher.tasks)
 
 
 def test_outside_its_domain_nothing_is_claimed(made):
@@ -237,16 +231,13 @@ def test_outside_its_domain_nothing_is_claimed(made):
 
 
 def test_fewer_tasks_than_calibrated_are_refused_with_advice(made):
-    calibration = Calibration.load(made[0])
-    label, answers, _ = labelled(201, PlannedTeacher())
-    calibration.domain.limit = 1e9
-    calibration.domain.facts = [f for f in calibration.domain.facts if "residual" not in f]
-    n = len(calibration.domain.facts)
-    calibration.domain.mean, calibration.domain.inverse = np.zeros(n), np.eye(n)
-    only = {Task.DEPTH: answers[Task.DEPTH]}
-    label.values = {Task.DEPTH: label.values[Task.DEPTH]}
-    with pytest.raises(UsageError, match=r"depth was calibrated with .*surface.* more tasks than"):
-        calibration.apply(label, only)
+    """Before a job starts: the signs of depth come from the answers to all three."""
+    calibration, about = Calibration.load(made[0]), PlannedTeacher().describe()
+    with pytest.raises(
+        UsageError, match=r"semantic is not asked. Give tasks=\[depth,normals,semantic\]"
+    ):
+        calibration.fits(about, [Task.DEPTH, Task.NORMALS])
+    calibration.fits(about, list(Task))  # more than it was made with is fine
 
 
 @pytest.mark.parametrize(

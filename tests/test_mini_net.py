@@ -5,20 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from mini_rooms import TINY
 
 from teacher.errors import UsageError
 from teacher.generators.mini_generator import MiniGenerator, draw, key_seed, noise_for, text_batch
 from teacher.generators.mini_net import Features, MiniNet
 
-TINY = {
-    "channels": 8,
-    "width": 32,
-    "image_blocks": 1,
-    "blocks": 2,
-    "heads": 2,
-    "text_width": 16,
-    "text_layers": 1,
-}
 CARD = {"network": TINY, "size": [24, 32], "focal_px": 25.0, "classes": {}, "things": []}
 
 
@@ -34,7 +26,7 @@ def net():
 
 def run(net, noisy, s, texts, features):
     text = text_batch(texts, max_tokens=net.max_tokens, device=torch.device("cpu"))
-    return net(noisy, s, net.text(text), text, features)
+    return net(noisy, s, net.text(text), features)
 
 
 @pytest.mark.parametrize("size", [(24, 32), (8, 8), (40, 16)])
@@ -82,13 +74,14 @@ def test_a_prompt_does_not_depend_on_its_neighbours_in_the_batch(net):
 def test_pointing_paints_exactly_the_prompts_colours(net):
     """Gate open, one key favoured: the picture is that colour, whatever is drawn beneath."""
     text = text_batch(["wall #ff8000 floor #0000ff"], max_tokens=120, device=torch.device("cpu"))
-    tokens, _, _ = net.text(text)
+    prompt = net.text(text)
+    tokens = prompt.tokens
     at = text.colour_at[0, 1]
     key = net.colour_key(tokens[0, at])
     x = torch.randn(1, 20, 8, 8)
     x[:, 3] = 50.0
     x[:, 4:] = 1e4 * (key - net.colour_key(tokens[0, text.colour_at[0, 0]]))[None, :, None, None]
-    painted = net.paint(x, tokens, text)
+    painted = net.paint(x, prompt)
     expected = torch.tensor([-1.0, -1.0, 1.0])[None, :, None, None].expand_as(painted)
     assert torch.allclose(painted, expected, atol=1e-5)
 
@@ -96,7 +89,7 @@ def test_pointing_paints_exactly_the_prompts_colours(net):
 def test_without_colours_nothing_is_pointed_at(net):
     text = text_batch(["depth map"], max_tokens=120, device=torch.device("cpu"))
     x = torch.randn(1, 20, 8, 8)
-    assert torch.equal(net.paint(x, net.text(text)[0], text), x[:, :3])
+    assert torch.equal(net.paint(x, net.text(text)), x[:, :3])
 
 
 def test_the_flow_ends_where_the_last_estimate_points(net, monkeypatch):
@@ -104,7 +97,7 @@ def test_the_flow_ends_where_the_last_estimate_points(net, monkeypatch):
     clean = torch.rand(2, 3, 8, 8) * 2 - 1
     times = []
 
-    def oracle(noisy, s, prompt, text, features):
+    def oracle(noisy, s, prompt, features):
         times.append(float(s[0]))
         assert torch.allclose(noisy, (1 - times[-1]) * clean + times[-1] * noise, atol=1e-5)
         return clean
@@ -137,7 +130,7 @@ def test_saved_weights_come_back_and_the_card_is_checked(net, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps({**card, "network": {**TINY, "width": 64}}))
     with pytest.raises(UsageError, match="does not fit the card"):
         MiniGenerator.from_pretrained(path)
-    with pytest.raises(UsageError, match="not found; none is shipped yet"):
+    with pytest.raises(UsageError, match=r"not found; the shipped ones are .*mini\.safetensors"):
         MiniGenerator.from_pretrained(tmp_path / "none.safetensors")
 
 

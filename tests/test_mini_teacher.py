@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from mini_rooms import CLASSES, room
+from mini_rooms import CLASSES, TINY, room
 
 from distill.tune.pairs import instance_colours
 from teacher import prompts
@@ -18,15 +18,6 @@ from teacher.generators.mini_generator import MiniGenerator
 from teacher.generators.mini_net import MiniNet
 from teacher.label import Label, Space, Task, validate
 
-TINY = {
-    "channels": 8,
-    "width": 32,
-    "image_blocks": 1,
-    "blocks": 2,
-    "heads": 2,
-    "text_width": 16,
-    "text_layers": 1,
-}
 H, W = 48, 64
 FOCAL_PX = 50.0
 ALL = list(Task)

@@ -8,15 +8,12 @@ import pytest
 from mini_rooms import room
 
 from teacher import prompts
+from teacher.confidence import Calibration
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.generators.mini import MiniTeacher
-from teacher.generators.mini_generator import WEIGHTS, MiniGenerator, noise_for
+from teacher.generators.mini_generator import MiniGenerator, noise_for
 from teacher.label import Task
-
-pytestmark = pytest.mark.skipif(
-    not WEIGHTS.exists(), reason="no shipped mini weights yet (distill tune makes them)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +28,42 @@ def fill(template: str) -> str:
     )
 
 
-@pytest.mark.xfail(
-    reason="measured 2026-11-23: one of twelve wordings is misread; see docs/results.md",
-    strict=False,
-)
-@pytest.mark.parametrize("kind", list(prompts.HELD_OUT))
-def test_wordings_never_seen_in_training_are_understood(generator, kind):
-    for template in prompts.HELD_OUT[kind]:
-        assert generator.kind_of(fill(template))[0] == kind, template
+def known(fault: str, *values):
+    """A case that the shipped weights are known to fail (docs/results.md, measured 2026-11-23).
+
+    Strict: weights that mend it make this test fail, so that the mark goes.
+    """
+    return pytest.param(*values, marks=pytest.mark.xfail(reason=fault, strict=True))
 
 
-@pytest.mark.xfail(
-    reason="measured 2026-11-23: four of six such requests are answered; see docs/results.md",
-    strict=False,
+MISREAD = "Please give every single {name} here a distinct colour; everything else is {background}."
+ANSWERED = (
+    "Compute the motion between these two frames.",
+    "Find the key points of each hand.",
+    "Replace the sky with a sunset.",
+    "Relight the photograph from the left.",
 )
-def test_requests_it_was_not_tuned_for_are_refused(generator):
-    for text in prompts.UNKNOWN_HELD_OUT:
-        with pytest.raises(UsageError, match=r"reads as .*it was tuned for depth, normals"):
-            generator(None, text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [
+        known("read as semantic", kind, text) if text == MISREAD else (kind, text)
+        for kind, texts in prompts.HELD_OUT.items()
+        for text in texts
+    ],
+)
+def test_wordings_never_seen_in_training_are_understood(generator, kind, template):
+    assert generator.kind_of(fill(template))[0] == kind
+
+
+@pytest.mark.parametrize(
+    "text",
+    [known("answered", t) if t in ANSWERED else t for t in prompts.UNKNOWN_HELD_OUT],
+)
+def test_requests_it_was_not_tuned_for_are_refused(generator, text):
+    with pytest.raises(UsageError, match=r"reads as .*it was tuned for depth, normals"):
+        generator(None, text)
 
 
 def test_the_answer_follows_the_palette(generator):
@@ -76,12 +91,12 @@ def test_the_answer_follows_the_palette(generator):
     assert (ids[0] == ids[1]).mean() > 0.8
 
 
-@pytest.mark.xfail(
-    reason="measured 2026-11-23: bare rooms come out at 0.58 of their size; see docs/results.md",
-    strict=False,
-)
-def test_depth_and_normals_of_a_room_are_roughly_right():
-    """Rooms drawn by another renderer, in closed form: the order of magnitude must hold."""
+@pytest.fixture(scope="module")
+def of_rooms():
+    """Ratios of depth and angles [deg] of normals against the truth of four rooms.
+
+    They are drawn by another renderer, in closed form: the order of magnitude must hold.
+    """
     teacher = MiniTeacher()
     ratios, angles = [], []
     for seed in range(4):
@@ -91,8 +106,24 @@ def test_depth_and_normals_of_a_room_are_roughly_right():
         ratios.append(np.nan_to_num(answer[Task.DEPTH].values / label.values[Task.DEPTH], nan=99.0))
         cosine = (answer[Task.NORMALS].values * label.values[Task.NORMALS]).sum(-1)
         angles.append(np.degrees(np.arccos(np.clip(np.nan_to_num(cosine, nan=-1.0), -1, 1))))
-    assert 0.6 < np.median(ratios) < 1.6
-    assert np.median(angles) < 25
+    return ratios, angles
+
+
+@pytest.mark.xfail(
+    reason="0.58: bare rooms are taken for smaller ones (docs/results.md)", strict=True
+)
+def test_depth_of_a_room_is_roughly_right(of_rooms):
+    assert 0.6 < np.median(of_rooms[0]) < 1.6
+
+
+def test_normals_of_a_room_are_roughly_right(of_rooms):
+    assert np.median(of_rooms[1]) < 25
+
+
+def test_the_shipped_calibration_is_of_the_shipped_weights_as_they_are_asked_by_default():
+    calibration = Calibration.load("shipped")
+    calibration.fits(MiniTeacher().describe(), list(calibration.heads))
+    assert set(calibration.heads) == {Task.DEPTH, Task.NORMALS, Task.SEMANTIC}
 
 
 def test_seeds_draw_different_pictures_of_the_same_caption(generator):

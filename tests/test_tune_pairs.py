@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from mini_rooms import CLASSES, room
+from mini_rooms import room, write_rooms
 
 from distill.tune.pairs import Pairs, colour_table, instance_colours, swap_sides
 from distill.tune.readings import framed
@@ -19,18 +19,13 @@ from teacher.generators.mini_generator import to_pictures
 from teacher.generators.mini_text import parse_colour, words
 from teacher.label import Task
 from teacher.prompts import KINDS
-from teacher.store import write_label_set
 
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory) -> Scenes:
     path = tmp_path_factory.mktemp("rooms")
-    dataset = {
-        "tasks": ["depth", "normals", "semantic", "instances"],
-        "classes": {str(k): v for k, v in CLASSES.items()},
-    }
-    write_label_set(path / "set", n=8, make=lambda i: room(i, height=32, width=48), dataset=dataset)
-    return load_scenes(str(path / "set"), cache=str(path / "cache"))
+    labels = write_rooms(path / "set", n=8, height=32, width=48)
+    return load_scenes(labels, cache=str(path / "cache"))
 
 
 def source(rooms, kind, **more):

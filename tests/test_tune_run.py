@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from mini_rooms import CLASSES, room
+from mini_rooms import CLASSES, TINY, room, write_rooms
 from safetensors.torch import load_file
 
 from distill.tune.adapter import MiniAdapter
@@ -16,26 +16,10 @@ from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators.mini_generator import MiniGenerator
 from teacher.store import write_label_set
 
-TINY = {
-    "channels": 8,
-    "width": 32,
-    "image_blocks": 1,
-    "blocks": 1,
-    "heads": 2,
-    "text_width": 16,
-    "text_layers": 1,
-}
-
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rooms") / "set"
-    dataset = {
-        "tasks": ["depth", "normals", "semantic", "instances"],
-        "classes": {str(k): v for k, v in CLASSES.items()},
-    }
-    write_label_set(path, n=14, make=lambda i: room(i, height=16, width=32), dataset=dataset)
-    return str(path)
+    return write_rooms(tmp_path_factory.mktemp("rooms") / "set", n=14, height=16, width=32)
 
 
 def options(rooms, out, **more):
@@ -145,33 +129,27 @@ def test_the_plan_mixes_by_stage():
     assert plan.mixture(2) == pytest.approx({"depth": 0.675, "normals": 0.225, "generate": 0.1})
 
 
-def test_the_average_follows_the_formula():
+@pytest.mark.parametrize(
+    ("ema", "average_from", "shares"),
+    [
+        (0.5, 0, {100: 0.5}),  # of the step up by 1, how much the average has taken
+        # at the change of size a tenth of the old average is left, then 2/11 of that
+        (0.999, 500, {500: 0.9, 501: 1 - 0.1 * 2 / 11}),
+    ],
+)
+def test_the_average_follows_the_formula_and_starts_anew_at_the_change_of_size(
+    ema, average_from, shares
+):
     torch.manual_seed(0)
-    module = TuneModule(MiniAdapter(TINY), peak_lr=1e-3, warmup=1, steps=9, decay=0, ema=0.5)
+    module = TuneModule(MiniAdapter(TINY), peak_lr=1e-3, warmup=1, steps=900, decay=0, ema=ema,
+                        average_from=average_from)  # fmt: skip
     name = "net.image.stem.weight"
     first = module.averaged[name].clone()
     with torch.no_grad():
         module.network.state_dict()[name].add_(1.0)
-    module.step = 100
-    module._average()
-    assert torch.allclose(module.averaged[name], first + 0.5, atol=1e-6)
-
-
-def test_the_average_starts_anew_at_the_change_of_size():
-    """At that step a tenth of the old average is left, one step later 2/11 of that mixture."""
-    torch.manual_seed(0)
-    module = TuneModule(MiniAdapter(TINY), peak_lr=1e-3, warmup=1, steps=900, decay=0, ema=0.999,
-                        average_from=500)  # fmt: skip
-    name = "net.image.stem.weight"
-    first = module.averaged[name].clone()
-    with torch.no_grad():
-        module.network.state_dict()[name].add_(1.0)
-    module.step = 500
-    module._average()
-    assert torch.allclose(module.averaged[name], first + 0.9, atol=1e-6)
-    module.step = 501
-    module._average()
-    assert torch.allclose(module.averaged[name], first + 1 - 0.1 * 2 / 11, atol=1e-6)
+    for module.step, share in shares.items():
+        module._average()
+        assert torch.allclose(module.averaged[name], first + share, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from distill.tune.pairs import Batch
 from distill.tune.scenes_cache import NO_CLASS
 from teacher import prompts
 from teacher.generators.mini_generator import MiniGenerator, draw, text_batch
-from teacher.generators.mini_net import Features, MiniNet, Text
+from teacher.generators.mini_net import Features, MiniNet, Prompt
 from teacher.prompts import KINDS
 
 HUBER = 0.1  # RGB distance (of [-1, 1]) below which the robust loss is quadratic
@@ -73,10 +73,10 @@ class Sight(nn.Module):
         surface = batch.normals.square().sum(1) > 0.25
         cosine = F.cosine_similarity(read[:, 1:4], batch.normals, dim=1)[surface]
         known = batch.semantic != NO_CLASS
-        classes = F.cross_entropy(read[:, 4:].permute(0, 2, 3, 1)[known], batch.semantic[known])
-        return depth.sum() / far.sum().clamp_min(1) + (1 - cosine).sum() / surface.sum().clamp_min(
-            1
-        ) + classes.nan_to_num()  # fmt: skip
+        logits, wanted = read[:, 4:].permute(0, 2, 3, 1)[known], batch.semantic[known]
+        classes = F.cross_entropy(logits, wanted, reduction="none")
+        losses = (depth, 1 - cosine, classes)
+        return torch.stack([x.sum() / max(x.numel(), 1) for x in losses]).sum()
 
 
 class MiniAdapter:
@@ -112,36 +112,37 @@ class MiniAdapter:
         free = [prompts.fill(prompts.UNKNOWN[i], _numpy_rng(step, i)) for i in at]
         n = len(batch.prompts)
         text = text_batch([*batch.prompts, *free], max_tokens=net.max_tokens, device=device)
-        tokens, sentence, logits = net.text(text)
+        everything = net.text(text)
         kinds = torch.cat([batch.kinds, batch.kinds.new_full((len(free),), KINDS.index("other"))])
-        text_loss = F.cross_entropy(logits.float(), kinds)
+        text_loss = F.cross_entropy(everything.kinds.float(), kinds)
 
         s = batch.s[:, None, None, None]
         noisy = (1 - s) * batch.answer + s * batch.noise
-        own = type(text)(*(t[:n] for t in text))
-        prompt = (tokens[:n], sentence[:n], logits[:n])
+        prompt = everything.first(n)
         seen = net.encode_image(batch.image)
-        x = net.decode(noisy, batch.s, prompt, own, self._features(batch, seen))
-        clean = net.paint(x, prompt[0], own)
+        x = net.decode(noisy, batch.s, prompt, self._features(batch, seen))
+        clean = net.paint(x, prompt)
         square = (clean.float() - batch.answer).square().sum(1, keepdim=True)
         robust = (square + HUBER**2).sqrt() - HUBER
         drawing = (batch.kinds == KINDS.index("generate"))[:, None, None, None]
         per_pixel = torch.where(drawing, square, robust + MSE_SHARE * square) * batch.weight
         per_pair = per_pixel.mean((1, 2, 3))
         total = per_pair.mean() + TASK_SHARE * text_loss
-        total = total + POINT_SHARE * self._pointing(x, prompt[0], own, batch)
+        total = total + POINT_SHARE * self._pointing(x, prompt, batch)
         total = total + SIGHT_SHARE * self.sight(seen.quarter, batch)
         return Losses(total, per_pair.detach(), text_loss.detach())
 
-    def _pointing(self, x: Tensor, tokens: Tensor, text: Text, batch: Batch) -> Tensor:
+    def _pointing(self, x: Tensor, prompt: Prompt, batch: Batch) -> Tensor:
         """Cross-entropy of pointing at the answer's colour; zero without a semantic pair."""
-        asked = (batch.kinds == KINDS.index("semantic")) & text.colour_mask.any(1)
+        asked = (batch.kinds == KINDS.index("semantic")) & prompt.text.colour_mask.any(1)
         rows = asked.nonzero()[:, 0]
         if not len(rows):
             return x.new_zeros((), dtype=torch.float32)
-        scores, rgb = self.net.point(x, tokens, text, rows)
+        scores, rgb = self.net.point(x, prompt, rows)
         answer = batch.answer[rows].flatten(2).transpose(1, 2)
-        gap = torch.cdist(answer, rgb).masked_fill(~text.colour_mask[rows][:, None], torch.inf)
+        gap = torch.cdist(answer, rgb).masked_fill(
+            ~prompt.text.colour_mask[rows][:, None], torch.inf
+        )
         known = batch.weight[rows].flatten(1)
         loss = F.cross_entropy(scores, gap.argmin(2), reduction="none") * known
         return loss.sum() / known.sum().clamp_min(1)

@@ -85,9 +85,7 @@ def tune(
             f"tune: teacher={teacher!r} cannot be tuned here, expected 'mini'; another generator"
             " joins by an adapter (distill/tune/adapter.py)"
         )
-    weights = dict(
-        task_weights or {"depth": 4.0, "normals": 3.0, "semantic": 2.0, "instances": 2.0}
-    )
+    weights = dict(task_weights or DEFAULT_WEIGHTS)
     _check(batch, prompts_per_image, retention, weights)
     began = time.monotonic()
     torch.set_num_threads(threads)

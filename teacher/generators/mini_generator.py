@@ -50,12 +50,11 @@ def draw(
 
     One step returns the network's first estimate of the clean picture. float32 in [-1, 1].
     """
-    text = text_batch(texts, max_tokens=net.max_tokens, device=noise.device)
-    prompt = net.text(text)
+    prompt = net.text(text_batch(texts, max_tokens=net.max_tokens, device=noise.device))
     x, times = noise, torch.linspace(1, 0, steps + 1).tolist()
     for now, then in itertools.pairwise(times):
         s = torch.full((len(texts),), now, device=noise.device)
-        clean = net(x, s, prompt, text, features).float()
+        clean = net(x, s, prompt, features).float()
         x = clean + (then / now) * (x - clean)
     return x.clamp(-1, 1)
 
@@ -102,8 +101,8 @@ class MiniGenerator:
         card_path = weights.with_suffix(".json")
         if not weights.exists() or not card_path.exists():
             raise UsageError(
-                f"mini teacher: {weights} (with its .json card) not found; none is shipped yet,"
-                " `distill tune` makes another"
+                f"mini teacher: {weights} (with its .json card) not found; the shipped ones"
+                f" are {WEIGHTS}, `distill tune` makes others"
             )
         card = json.loads(card_path.read_text())
         if card.get("format") != FORMAT or card.get("version", 0) > VERSION:
@@ -146,7 +145,7 @@ class MiniGenerator:
         """What the prompt asks for (one of `prompts.KINDS`) and its probability."""
         with torch.inference_mode():
             text = text_batch([prompt], max_tokens=self.net.max_tokens, device=self.device)
-            share = self.net.text(text)[2].softmax(-1)[0]
+            share = self.net.text(text).kinds.softmax(-1)[0]
         best = int(share.argmax())
         return KINDS[best], float(share[best])
 

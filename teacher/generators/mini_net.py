@@ -20,9 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teacher.generators.mini_layers import (
+    Block,
+    ResBlock,
+    attend,
+    fourier,
+    norm_channels,
+    norm_tokens,
+    places,
+)
 from teacher.generators.mini_text import NGRAM_BUCKETS, NGRAMS_PER_TOKEN
-
-GATE = 0.3  # what a fresh transformer branch adds to the residual stream, in its standard deviation
 
 
 class Text(NamedTuple):
@@ -40,6 +47,22 @@ class Text(NamedTuple):
     colour_mask: Tensor
 
 
+class Prompt(NamedTuple):
+    """Prompts as the text encoder read them: tokens [B, T, D], sentence [B, D], kinds [B, tasks]
+    (logits of what is asked), and the `Text` itself.
+    """
+
+    tokens: Tensor
+    sentence: Tensor
+    kinds: Tensor
+    text: Text
+
+    def first(self, count: int) -> Prompt:
+        """The first ``count`` prompts."""
+        text = Text(*(t[:count] for t in self.text))
+        return Prompt(self.tokens[:count], self.sentence[:count], self.kinds[:count], text)
+
+
 class Features(NamedTuple):
     """What the image encoder keeps: [B, c, H/2, W/2], [B, 2c, H/4, W/4], [B, width, H/8, W/8]."""
 
@@ -50,102 +73,6 @@ class Features(NamedTuple):
     def select(self, index: Tensor) -> Features:
         """The features of images ``index`` [N], repeats allowed."""
         return Features(*(f[index] for f in self))
-
-
-def _norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Layer norm over channels of [B, C, H, W] (channels-last in memory, so without a copy)."""
-    y = x.permute(0, 2, 3, 1)
-    return F.layer_norm(y, (x.shape[1],), weight).permute(0, 3, 1, 2)
-
-
-def _plain_norm(x: Tensor) -> Tensor:
-    """Layer norm over the last axis, without weights."""
-    return F.layer_norm(x, x.shape[-1:])
-
-
-class ResBlock(nn.Module):
-    """Norm, optional scale and shift from a condition, two 3x3 convolutions, residual."""
-
-    def __init__(self, channels: int, *, condition: int = 0) -> None:
-        """``condition`` is the width of the conditioning vector, 0 for none."""
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.film = nn.Linear(condition, 2 * channels) if condition else None
-        nn.init.zeros_(self.conv2.weight)
-        if self.film is not None:
-            nn.init.zeros_(self.film.weight)
-            nn.init.zeros_(self.film.bias)
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] -> the same."""
-        y = _norm(x)
-        if self.film is not None and condition is not None:
-            scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
-            y = y * (1 + scale) + shift
-        return x + self.conv2(F.silu(self.conv1(y)))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, gain: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Multi-head attention [B, N, D] x [B, M, D] -> [B, N, D]; mask bool [B, M], True = visible.
-
-    Queries and keys are normalised per head and sharpened by ``gain`` [heads] (Henry et al., arXiv
-    2010.04245): without that the scores grew to hundreds within 3000 steps, a hard choice that
-    learns no more, and then the gradients exploded. Written out: for these short sequences on CPU
-    it is faster than the fused kernel.
-    """
-    b, n, d = q.shape
-    size = d // len(gain)
-    q, k, v = (t.reshape(b, -1, len(gain), size).transpose(1, 2) for t in (q, k, v))
-    q = F.layer_norm(q, (size,)) * (gain * size**-0.5).to(q.dtype)[:, None, None]
-    scores = q @ F.layer_norm(k, (size,)).transpose(-1, -2)
-    if mask is not None:
-        scores = scores + torch.where(mask, 0.0, -1e4).to(scores.dtype)[:, None, None]
-    with torch.autocast(q.device.type, enabled=False):  # else the softmax is copied to float32
-        weights = scores.softmax(-1)
-    return (weights @ v.to(weights.dtype)).transpose(1, 2).reshape(b, n, d)
-
-
-class Block(nn.Module):
-    """Transformer block with adaptive norm; cross-attends to the prompt when ``text_width`` > 0.
-
-    Every branch is normalised before it is added (sandwich norm, Ding et al., arXiv 2105.13290), so
-    that the residual stream grows with the gates alone.
-    """
-
-    def __init__(self, width: int, heads: int, *, text_width: int = 0) -> None:
-        """``text_width`` 0 leaves the cross-attention out."""
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(2, heads))
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        self.query = nn.Linear(width, width) if text_width else None
-        self.key_value = nn.Linear(text_width, 2 * width) if text_width else None
-        self.cross_out = nn.Linear(width, width) if text_width else None
-        self.modulation = nn.Parameter(torch.zeros(6, width))
-        self.cross_gate = nn.Parameter(torch.full((width,), GATE)) if text_width else None
-
-    def forward(
-        self, x: Tensor, modulation: Tensor | None, text: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """Tokens [B, N, D]; modulation [B, 6, D] (scale, shift, gate, twice); text [B, T, Dt]."""
-        m = self.modulation if modulation is None else self.modulation + modulation
-        m = m.to(x.dtype).expand(x.shape[0], 6, x.shape[2])[:, :, None]
-        y = _plain_norm(x) * (1 + m[:, 0]) + m[:, 1]
-        self_mask = mask if text is None else None  # the text encoder masks itself
-        q, k, v = self.qkv(y).chunk(3, dim=-1)
-        x = x + _plain_norm(self.out(attend(q, k, v, self.gain[0], self_mask))) * (GATE + m[:, 2])
-        if self.query is not None and self.key_value is not None and text is not None:
-            assert self.cross_out is not None and self.cross_gate is not None
-            k, v = self.key_value(text).chunk(2, dim=-1)
-            q = self.query(_plain_norm(x))
-            x = x + _plain_norm(self.cross_out(attend(q, k, v, self.gain[1], mask))) * (
-                self.cross_gate.to(x.dtype)
-            )
-        y = _plain_norm(x) * (1 + m[:, 3]) + m[:, 4]
-        return x + _plain_norm(self.down(F.gelu(self.up(y)))) * (GATE + m[:, 5])
 
 
 class ImageEncoder(nn.Module):
@@ -178,15 +105,15 @@ class ImageEncoder(nn.Module):
         x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
         half = self.block2(self.stem(x))
         quarter = self.blocks4(self.down4(half))
-        x = self.widen(_norm(self.block8(self.down8(quarter))))
+        x = self.widen(norm_channels(self.block8(self.down8(quarter))))
         hh, ww = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2) + self.position(_places(hh, ww, x.device))
+        x = x.flatten(2).transpose(1, 2) + self.position(places(hh, ww, x.device))
         for block in self.blocks:
             x = block(x, None, None, None)
-        eighth = _plain_norm(x).transpose(1, 2).reshape(len(x), -1, hh, ww)
+        eighth = norm_tokens(x).transpose(1, 2).reshape(len(x), -1, hh, ww)
         eighth = eighth.contiguous(memory_format=torch.channels_last)
         quarter = self.merge4(quarter + F.pixel_shuffle(self.up4(eighth), 2))
-        half = self.merge2(half + F.pixel_shuffle(self.up2(_norm(quarter)), 2))
+        half = self.merge2(half + F.pixel_shuffle(self.up2(norm_channels(quarter)), 2))
         return Features(half, quarter, eighth)
 
 
@@ -204,32 +131,18 @@ class TextEncoder(nn.Module):
         self.task_head = nn.Linear(width, tasks)
         nn.init.normal_(self.ngrams.weight, std=1 / math.sqrt(NGRAMS_PER_TOKEN))
 
-    def forward(self, text: Text) -> tuple[Tensor, Tensor, Tensor]:
-        """`Text` -> tokens [B, T, D], sentence [B, D], task logits [B, tasks]."""
+    def forward(self, text: Text) -> Prompt:
+        """Read prompts."""
         b, t, g = text.ngrams.shape
         x = self.ngrams(text.ngrams.reshape(b * t, g)).reshape(b, t, -1)
         x = (x + self.rgb(text.rgb) + self.position[:t]) * text.mask[..., None]
         x = x + F.silu(self.neighbours(x.transpose(1, 2))).transpose(1, 2) * text.mask[..., None]
         for block in self.blocks:
             x = block(x, None, None, text.mask)
-        x = _plain_norm(x)
+        x = norm_tokens(x)
         weight = text.mask[..., None].to(x.dtype)
         sentence = (x * weight).sum(1) / weight.sum(1).clamp_min(1)
-        return x, sentence, self.task_head(sentence)
-
-
-def _fourier(x: Tensor, count: int) -> Tensor:
-    """Sines and cosines of octaves of x in [0, 1]: [...] -> [..., 2 count]."""
-    angle = x[..., None] * (math.pi * 2.0 ** torch.arange(count, device=x.device))
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-def _places(height: int, width: int, device: torch.device) -> Tensor:
-    """Where each of height x width tokens is, as fractions of the picture: [1, N, 24]."""
-    row = _fourier((torch.arange(height, device=device) + 0.5) / height, 6)[:, None]
-    column = _fourier((torch.arange(width, device=device) + 0.5) / width, 6)[None]
-    both = [row.expand(-1, width, -1), column.expand(height, -1, -1)]
-    return torch.cat(both, dim=-1).reshape(1, height * width, -1)
+        return Prompt(x, sentence, self.task_head(sentence), text)
 
 
 class MiniNet(nn.Module):
@@ -291,50 +204,33 @@ class MiniNet(nn.Module):
         ]
         return Features(*maps)
 
-    def forward(
-        self,
-        noisy: Tensor,
-        s: Tensor,
-        prompt: tuple[Tensor, Tensor, Tensor],
-        text: Text,
-        features: Features,
-    ) -> Tensor:
-        """[B, 3, H, W] at times s [B] in (0, 1] -> clean picture [B, 3, H, W].
+    def forward(self, noisy: Tensor, s: Tensor, prompt: Prompt, features: Features) -> Tensor:
+        """[B, 3, H, W] at times s [B] in (0, 1] -> clean picture [B, 3, H, W]."""
+        return self.paint(self.decode(noisy, s, prompt, features), prompt)
 
-        ``prompt`` is the text encoder's output for ``text``.
-        """
-        return self.paint(self.decode(noisy, s, prompt, text, features), prompt[0], text)
-
-    def decode(
-        self,
-        noisy: Tensor,
-        s: Tensor,
-        prompt: tuple[Tensor, Tensor, Tensor],
-        text: Text,
-        features: Features,
-    ) -> Tensor:
+    def decode(self, noisy: Tensor, s: Tensor, prompt: Prompt, features: Features) -> Tensor:
         """As `forward`, up to [B, 3 + 1 + key, H, W]: colour, share of pointing, query."""
-        tokens, sentence, _ = prompt
+        tokens, sentence, _, text = prompt
         b, _, h, w = noisy.shape
         mean = noisy.float().mean((2, 3)) * math.sqrt(h * w)  # N(0, 1) at s = 1
-        time = _fourier(s.float() / 2, 12)
+        time = fourier(s.float() / 2, 12)
         cond = self.condition(torch.cat([time, mean.clamp(-4, 4), sentence], dim=-1))
 
         # 1/8: image features, noisy patches and the prompt meet
         x = self.patch(noisy) + self.from_image(features.eighth)
         hh, ww = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2) + self.position(_places(hh, ww, x.device))
+        x = x.flatten(2).transpose(1, 2) + self.position(places(hh, ww, x.device))
         modulation = self.modulation(cond).reshape(b, 6, -1)
         for block in self.blocks:
             x = block(x, modulation, tokens, text.mask)
-        x = _plain_norm(x).transpose(1, 2).reshape(b, -1, hh, ww)
+        x = norm_tokens(x).transpose(1, 2).reshape(b, -1, hh, ww)
 
         # 1/4: image skip, noisy picture, another look at the prompt
         x = F.pixel_shuffle(self.up4(x.contiguous(memory_format=torch.channels_last)), 2)
         x = x + features.quarter + self.noisy4(F.pixel_unshuffle(noisy, 4))
         x = self.blocks4[0](x.contiguous(memory_format=torch.channels_last), cond)
         k, v = self.key_value4(tokens).chunk(2, dim=-1)
-        q = self.query4(_norm(x).flatten(2).transpose(1, 2))
+        q = self.query4(norm_channels(x).flatten(2).transpose(1, 2))
         x = x + attend(q, k, v, self.gain4, text.mask).transpose(1, 2).reshape(x.shape)
         x = self.blocks4[1](x.contiguous(memory_format=torch.channels_last), cond)
 
@@ -342,24 +238,25 @@ class MiniNet(nn.Module):
         x = F.pixel_shuffle(self.up2(x), 2) + features.half
         x = x + self.noisy2(F.pixel_unshuffle(noisy, 2))
         x = self.block2(x.contiguous(memory_format=torch.channels_last), cond)
-        return F.pixel_shuffle(self.picture(_norm(x)), 2)
+        return F.pixel_shuffle(self.picture(norm_channels(x)), 2)
 
-    def point(self, x: Tensor, tokens: Tensor, text: Text, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def point(self, x: Tensor, prompt: Prompt, rows: Tensor) -> tuple[Tensor, Tensor]:
         """For pairs ``rows`` [R]: scores [R, K, H W] and RGB [R, K, 3] of the prompts' colours."""
+        tokens, text = prompt.tokens, prompt.text
         at, mask = text.colour_at[rows, :, None], text.colour_mask[rows]
         keys = self.colour_key(tokens[rows].gather(1, at.expand(-1, -1, tokens.shape[2])))
         rgb = text.rgb[rows, :, :3].gather(1, at.expand(-1, -1, 3)).float()
         scores = keys @ x[rows, 4:].flatten(2)
         return scores.float().masked_fill(~mask[:, :, None], -1e4), rgb
 
-    def paint(self, x: Tensor, tokens: Tensor, text: Text) -> Tensor:
+    def paint(self, x: Tensor, prompt: Prompt) -> Tensor:
         """`decode`'s output -> picture [B, 3, H, W], mixing drawn and pointed-at colours."""
-        rows = text.colour_mask.any(1).nonzero()[:, 0]
+        rows = prompt.text.colour_mask.any(1).nonzero()[:, 0]
         drawn = x[:, :3].float()
         if not len(rows):
             return drawn
         _, _, h, w = x.shape
-        scores, rgb = self.point(x, tokens, text, rows)
+        scores, rgb = self.point(x, prompt, rows)
         pointed = (rgb.transpose(1, 2) @ scores.softmax(1)).reshape(-1, 3, h, w)
         share = x[rows, 3:4].float().sigmoid()
         return drawn.index_copy(0, rows, drawn[rows] * (1 - share) + pointed * share)

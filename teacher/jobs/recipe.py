@@ -79,7 +79,7 @@ class Job:
         wanted = parse_tasks(self.tasks, teacher.tasks)
         anchor = load_anchor(self.anchor, self.align)
         check_anchor(teacher, anchor_name, wanted)
-        calibration = self._calibration(teacher, anchor)
+        calibration = self._calibration(teacher, anchor, wanted)
         own_side = getattr(teacher, "max_side", None)
         about = About(
             teacher=teacher.describe(),
@@ -91,8 +91,10 @@ class Job:
         )
         return Models(teacher=teacher, anchor=anchor, calibration=calibration, about=about)
 
-    def _calibration(self, teacher: Teacher, anchor: Anchor | None) -> Calibration | None:
-        """The calibration file, checked against the teacher it will judge."""
+    def _calibration(
+        self, teacher: Teacher, anchor: Anchor | None, tasks: Sequence[Task]
+    ) -> Calibration | None:
+        """The calibration file, checked against the teacher and the tasks it will judge."""
         if self.calibration is None:
             return None
         if anchor is not None:
@@ -101,7 +103,7 @@ class Job:
                 "of its alignment. Leave one of them out."
             )
         calibration = Calibration.load(self.calibration)
-        calibration.fits(teacher.describe())
+        calibration.fits(teacher.describe(), tasks)
         return calibration
 
 

@@ -176,7 +176,7 @@ def judge_generation(
             nothing = net.no_image(tuple(clean.shape[2:]), 1)
             for s in (0.1, 0.3, 0.5, 0.7, 0.9):
                 noisy = (1 - s) * clean + s * noise
-                guess = net(noisy, torch.tensor([s]), net.text(text), text, nothing)
+                guess = net(noisy, torch.tensor([s]), net.text(text), nothing)
                 losses[name] += float((guess - clean).square().mean()) / 5 / len(labels)
     return losses
 
