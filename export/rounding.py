@@ -33,15 +33,16 @@ NORMALISATIONS = (
 
 
 def low_precision(model: onnx.ModelProto) -> str:
-    """``fp16`` or ``bf16`` if any stored tensor or cast of the graph has that type, else empty."""
-    for tensor in model.graph.initializer:
-        if tensor.data_type in LOW:
-            return LOW[tensor.data_type]
+    """``fp16`` or ``bf16`` if any input, stored tensor or cast has that type, else empty."""
+    kinds = [i.type.tensor_type.elem_type for i in model.graph.input]
+    kinds += [t.data_type for t in model.graph.initializer]
     for node in model.graph.node:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in LOW:
-                return LOW[attribute.i]
-    return ""
+            if node.op_type == "Cast" and attribute.name == "to":
+                kinds.append(attribute.i)
+            elif attribute.HasField("t"):
+                kinds.append(attribute.t.data_type)
+    return next((LOW[kind] for kind in kinds if kind in LOW), "")
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -70,7 +71,8 @@ def _widened(tensor: TensorProto) -> TensorProto:
 def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph in float32 that rounds after every node whose output was half precision.
 
-    Run it with every optimisation off: an optimiser would remove the casts.
+    Inputs keep their type, outputs become float32. Run it with every optimisation off: an
+    optimiser would remove the casts.
     """
     types = types_of(model)
     low = {name: kind for name, kind in types.items() if kind in LOW}
@@ -79,11 +81,15 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
     wide = [_widened(t) if t.data_type in LOW else t for t in graph.initializer]
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(wide)
+    stored = {t.name for t in wide}  # some files list their weights among the inputs
+    fed = [i.name for i in graph.input if i.name not in stored and low.get(i.name)]
+    widened = {name: f"{name}/widened" for name in fed}
     for item in (*graph.input, *graph.output):
-        if item.type.tensor_type.elem_type in LOW:
+        if item.type.tensor_type.elem_type in LOW and item.name not in widened:
             item.type.tensor_type.elem_type = TensorProto.FLOAT
-    nodes = []
+    nodes = [helper.make_node("Cast", [n], [w], to=TensorProto.FLOAT) for n, w in widened.items()]
     for node in graph.node:
+        node.input[:] = [widened.get(name, name) for name in node.input]
         for attribute in node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i in LOW:
                 attribute.i = TensorProto.FLOAT

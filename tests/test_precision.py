@@ -61,6 +61,23 @@ def test_what_float16_cannot_hold_becomes_infinite():
     assert np.isposinf(found[0]) and np.isfinite(found[1]) and np.isposinf(found[2])
 
 
+def test_half_precision_inputs_stay_so_that_they_can_be_fed():
+    """A graph whose only half tensors are its input and constants, as other tools write them."""
+    low = TensorProto.FLOAT16
+    tenth = numpy_helper.from_array(np.array(0.1, np.float16), "tenth")
+    nodes = [
+        helper.make_node("Constant", [], ["k"], value=tenth),
+        helper.make_node("Mul", ["x", "k"], ["y"]),
+    ]
+    info = [helper.make_tensor_value_info(n, low, ["N"]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "half", info[:1], info[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    assert low_precision(model) == "fp16"
+    x = np.array([1, 3, 60000], np.float16)
+    found = run_unoptimised(emulate(model), ["y"], [{"x": x}])[0][0]
+    assert found.tolist() == (x * np.float16(0.1)).tolist()
+
+
 def test_the_card_of_an_emulated_graph_and_its_float_parts_stay():
     model, _ = chain(TensorProto.FLOAT16)
     out = emulate(model)
