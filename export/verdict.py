@@ -9,7 +9,7 @@ from typing import Any
 from export.artefact import plain
 from export.budgets import LABEL_TASKS, Finding
 from export.judge import Judge
-from export.onnx_graph import EXPORT_JSON
+from export.onnx_graph import EXPORT_JSON, REFERENCE
 from export.parity import TASK_OF
 
 
@@ -114,6 +114,7 @@ def integrity(
     """Files that do not run, that nobody vouches for, or that belong to another student.
 
     ``expected``: file name -> sha256 as `distill export` wrote them; None: there is no such list.
+    The student is the one that ``reference`` is or was made from, else the list's.
     """
     findings = []
 
@@ -130,7 +131,9 @@ def integrity(
             )
         )
 
-    student = runs[reference]["sha256"] if reference else ""
+    student = (expected or {}).get(REFERENCE, "")
+    if reference:
+        student = runs[reference].get("student_sha256") or runs[reference]["sha256"]
     for name, run in runs.items():
         if "error" in run:
             refuse(name, "runs", run["error"], "yes")

@@ -265,6 +265,27 @@ def test_bad_use(work, tmp_path):
         )
 
 
+def test_one_artefact_of_an_export_is_judged_alone_or_held_to_another(work, tmp_path):
+    file, out = work / "export" / "student.onnx", str(tmp_path / "out")
+    shutil.copytree(work / "export", tmp_path / "two", ignore=shutil.ignore_patterns("verify"))
+    shutil.copy(file, tmp_path / "two" / "again.onnx")
+    promise = json.loads((tmp_path / "two" / "export.json").read_text())
+    promise["artefacts"]["again.onnx"] = promise["artefacts"]["student.onnx"]
+    (tmp_path / "two" / "export.json").write_text(json.dumps(promise))
+    truth = str(work / "truth")
+    alone = verify(export=str(file), labels=truth, out=out)
+    assert alone["exit"] == 0, alone["summary"]
+    file = tmp_path / "two" / "student.onnx"
+    held = verify(
+        export=str(file), labels=truth, out=out, reference=str(file.parent / "again.onnx")
+    )
+    assert held["exit"] == 0, held["summary"]
+    promise["reference"]["sha256"] = "another student's"
+    (tmp_path / "two" / "export.json").write_text(json.dumps(promise))
+    stale = verify(export=str(file), labels=truth, out=out)
+    assert [f["measure"] for f in stale["findings"]] == ["sha256 of its student"]
+
+
 def rename(label):
     label.key = "stranger"
     return label
