@@ -18,7 +18,7 @@ A YAML beside the model (or given as ``io=``), every key spelt here and nowhere 
       sky: {name: sky, layout: N1HW, is: probability}               # or logit
       normals: {name: n, layout: NCHW, axes: opencv}                # teacher.codecs.normals' names
       semantic: {name: logits, layout: NCHW, is: logits}            # or ids
-    classes: {0: floor, 1: wall}
+    classes: {0: floor, 1: wall}    # of logits: one each, in order of the ids
     precision: fp32              # whose budgets of conf/task apply
     sha256: "..."                # optional; another file is then refused
 
@@ -28,6 +28,7 @@ The file is data: nothing in it is imported, called or evaluated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,11 +113,24 @@ def _checked(file: Path, table: Any) -> Description:
     _one_of(image["dtype"], ("float32", "float16", "uint8"), "image.dtype")
     _one_of(image["channels"], ("RGB", "BGR"), "image.channels")
     image["size"] = [int(n) for n in image["size"]]
-    if len(image["size"]) != 2 or not 0 < image["size"][0] * image["size"][1] <= MAX_PIXELS:
-        raise ValueError(f"image.size is {image['size']}, expected [height, width]")
+    sides = image["size"]
+    if len(sides) != 2 or min(sides) < 1 or sides[0] * sides[1] > MAX_PIXELS:
+        raise ValueError(f"image.size is {sides}, expected [height, width]")
     for name in ("mean", "std"):
-        if np.shape(image[name]) != (3,):
-            raise ValueError(f"image.{name} is {image[name]}, expected three numbers")
+        three = isinstance(image[name], list) and len(image[name]) == 3
+        if (
+            not three
+            or not all(map(_is_number, image[name]))
+            or (name == "std" and 0 in image[name])
+        ):
+            raise ValueError(
+                f"image.{name} is {image[name]}, expected three numbers (std: none of them 0)"
+            )
+    if not _is_number(image["scale"]):
+        raise ValueError(f"image.scale is {image['scale']!r}, expected a number")
+    batch = None if table.get("batch") is None else int(table["batch"])
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1, or null for any")
     outputs = {}
     for name, options in table["outputs"].items():
         if name not in CHOICES:
@@ -128,6 +142,8 @@ def _checked(file: Path, table: Any) -> Description:
         outputs[name] = {k: str(v) for k, v in options.items()}
     if not outputs:
         raise ValueError("outputs is empty")
+    if outputs.get("semantic", {}).get("is") == "logits" and not table.get("classes"):
+        raise ValueError("outputs.semantic: logits need classes, one per logit in order of the ids")
     if "normals" in outputs:
         from teacher.codecs.normals import NormalCodec
 
@@ -135,12 +151,15 @@ def _checked(file: Path, table: Any) -> Description:
     focal = table.get("focal_px")
     assumed_px = Camera.assumed(image["size"][1], image["size"][0]).fx
     name = str(focal["name"]) if isinstance(focal, Mapping) else ""
+    focal_px = float(assumed_px if name or focal is None else focal)
+    if not 0 < focal_px < math.inf:
+        raise ValueError(f"focal_px is {focal_px}, expected a positive number of pixels")
     return Description(
         path=file,
         image=image,
-        batch=None if table.get("batch") is None else int(table["batch"]),
+        batch=batch,
         focal_name=name,
-        focal_px=float(assumed_px if name or focal is None else focal),
+        focal_px=focal_px,
         outputs=outputs,
         classes={int(k): str(v) for k, v in (table.get("classes") or {}).items()},
         precision=str(table.get("precision", "fp32")),
@@ -153,6 +172,10 @@ def _only(table: Any, keys: tuple[str, ...], where: str) -> None:
         raise ValueError(f"found {type(table).__name__} {where}, expected a table")
     if strange := sorted(set(table) - set(keys)):
         raise ValueError(f"unknown {strange} {where}, expected some of {list(keys)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _one_of(value: Any, choices: tuple[str, ...], where: str) -> None:
@@ -199,8 +222,13 @@ def _convert(
         raise ArtefactError(f"output {name}: found shape {array.shape}, expected {layout}.")
     if name == "semantic":
         if options["is"] == "logits":
-            index = array.argmax(1 if layout == "NCHW" else 3)
-            return np.array(sorted(classes), np.int32)[index]
+            axis = 1 if layout == "NCHW" else 3
+            if array.shape[axis] != len(classes):
+                raise ArtefactError(
+                    f"output semantic: found {array.shape[axis]} logits, expected one for each of "
+                    f"{len(classes)} classes."
+                )
+            return np.array(sorted(classes), np.int32)[array.argmax(axis)]
         return array.astype(np.int32)
     values = array.astype(np.float32)
     if name == "normals":

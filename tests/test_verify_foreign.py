@@ -94,6 +94,13 @@ def test_outputs_become_the_contracts(tmp_path, name, options, found, expected):
     assert answers[name].dtype == (np.int32 if name == "semantic" else np.float32)
 
 
+def test_as_many_logits_as_classes(tmp_path):
+    outputs = {"semantic": {"name": "o", "layout": "NCHW", "is": "logits"}}
+    path = describe(tmp_path / "io.yaml", outputs=outputs, classes={1: "floor", 3: "wall"})
+    with pytest.raises(ArtefactError, match="semantic: found 3 logits, expected one for each of 2"):
+        Adapter(read_description(path)).answers([np.zeros((1, 3, 4, 4), np.float32)])
+
+
 WRONG = {
     "image is missing": {"image": None},
     r"unknown \['sclae'\] under image": {"image": {"name": "x", "size": [4, 4], "sclae": 1}},
@@ -102,6 +109,21 @@ WRONG = {
     r"outputs\.flow: expected some of": {"outputs": {"flow": {"name": "x"}}},
     r"depth\.is is 'feet'": {"outputs": {"depth": {"name": "x", "layout": "NHW", "is": "feet"}}},
     "axes 'up' unknown": {"outputs": {"normals": {"name": "x", "layout": "NCHW", "axes": "up"}}},
+    "semantic: logits need classes": {
+        "outputs": {"semantic": {"name": "x", "layout": "NCHW", "is": "logits"}}
+    },
+    r"image.size is \[-4, -4\]": {"image": {"name": "x", "size": [-4, -4]}},
+    "batch is -2, expected at least 1": {"batch": -2},
+    "batch is 0, expected at least 1": {"batch": 0},
+    "focal_px is -5.0, expected": {"focal_px": -5.0},
+    "focal_px is nan, expected": {"focal_px": float("nan")},
+    "image.scale is 'x', expected": {"image": {"name": "x", "size": [4, 4], "scale": "x"}},
+    r"image.mean is \['a', 0, 0\], expected three": {
+        "image": {"name": "x", "size": [4, 4], "mean": ["a", 0, 0]}
+    },
+    r"image.std is \[1, 0, 1\], expected three": {
+        "image": {"name": "x", "size": [4, 4], "std": [1, 0, 1]}
+    },
     r"unknown \['_target_'\] at the top": {"_target_": "os.system"},
 }  # fmt: skip
 
