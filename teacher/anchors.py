@@ -68,11 +68,8 @@ class Anchor:
             return [None] * len(queries)
         found = answered(self.teacher, queries, [Task.DEPTH])
         for one in found:
-            if Task.DEPTH in one and one[Task.DEPTH].space is not Space.METRIC:
-                raise UsageError(
-                    f"anchor.name={self.name}: it answers depth as {one[Task.DEPTH].space!r}, and "
-                    f"an anchor must answer in metres. There are {LISTED}."
-                )
+            if Task.DEPTH in one:
+                _refuse_affine(self.name, one[Task.DEPTH].space)
         return [one.get(Task.DEPTH) for one in found]
 
     def metric(self, answer: Answer, scale: Answer | None) -> tuple[Answer, dict[str, Any]]:
@@ -131,7 +128,17 @@ def load_anchor(anchor: dict[str, Any] | None, align: dict[str, Any] | None) -> 
     teacher = load_teacher(name=name, **options)
     if Task.DEPTH not in teacher.tasks:
         raise UsageError(f"anchor.name={name}: it answers no depth. There are {LISTED}.")
+    _refuse_affine(name, getattr(teacher, "spaces", {}).get(Task.DEPTH, Space.METRIC))
     return Anchor(name=name, teacher=teacher, **how)
+
+
+def _refuse_affine(name: str, space: Space) -> None:
+    """An anchor's answers are metres, or nothing could be aligned with them."""
+    if space is not Space.METRIC:
+        raise UsageError(
+            f"anchor.name={name}: it answers depth as {str(space)!r}, and an anchor must answer in "
+            f"metres. There are {LISTED}."
+        )
 
 
 def check_anchor(teacher: Any, anchor: str | None, tasks: Sequence[str]) -> None:

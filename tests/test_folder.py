@@ -414,6 +414,9 @@ def test_a_job_that_cannot_know_metres_refuses_to_start_and_lists_the_anchors(tm
     warp = {"name": "test_folder:WarpTeacher"}
     with pytest.raises(UsageError, match="an anchor must answer in metres"):
         run(photos, tmp_path / "no", warp, anchor=warp)
+    with pytest.raises(UsageError, match="'affine disparity', and an anchor must answer in metr"):
+        run(photos, tmp_path / "early", warp, anchor=warp | {"told": True})
+    assert not (tmp_path / "early").exists()  # an anchor that tells its space is refused at once
     with pytest.raises(UsageError, match=r"anchor.name='marigold' gives no metres"):
         run(photos, tmp_path / "no2", warp, anchor={"name": "marigold"})
     with pytest.raises(UsageError, match="expected 0 < near_m < far_m"):

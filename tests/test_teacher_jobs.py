@@ -1,5 +1,6 @@
 """Foreign teachers inside a label job: normals are stored, affine depth asks for an anchor."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,22 @@ def test_a_loaded_teacher_knows_its_space_by_its_checkpoint(folder):
         kind = space.removeprefix("affine ")
         teacher = load_teacher(**options("marigold", **named, depth_space=kind))
         assert teacher.spaces == {Task.DEPTH: space, Task.NORMALS: Space.UNIT_NORMALS}
+
+
+def test_every_teacher_stands_in_the_readme_with_a_command_that_is_understood():
+    from hydra import compose, initialize_config_module
+
+    from teacher.generators import TEACHERS, teacher_class
+
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    asked = [words.split() for words in re.findall(r"\| `(teacher=[^`]*)` \|\n", page)]
+    assert {words[0].removeprefix("teacher=") for words in asked} == set(TEACHERS)
+    with initialize_config_module("conf", version_base="1.3"):
+        for words in asked:
+            given = compose("label", ["images=photos/", "out=labels/x", *words])
+            cls = teacher_class(given.teacher.name)
+            can = getattr(cls, "tasks", None) or getattr(cls, "spaces", (Task.DEPTH,))
+            assert set(given.tasks) <= set(can), words
 
 
 def test_images_without_an_answer_are_rejected_and_the_job_goes_on(folder, tmp_path, monkeypatch):

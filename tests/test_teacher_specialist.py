@@ -168,6 +168,14 @@ def test_depth_anything_equals_its_own_post_processing(folder, name, space):
         assert known.mean() > 0.9
 
 
+def test_a_relative_checkpoint_needs_an_anchor_before_it_is_asked(folder):
+    from teacher.anchors import check_anchor
+
+    with pytest.raises(UsageError, match="'affine disparity'; a label set holds metres"):
+        check_anchor(anything(folder, "relative"), None, [D])
+    check_anchor(anything(folder, "metric"), None, [D])
+
+
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("kind", ["pro", "metric"])
 def test_pixels_stay_where_they_are(folder, kind, name):
