@@ -69,7 +69,9 @@ def configure(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
             with contextlib.suppress(HydraException):
                 raise_for_unknown_key(compose(verb, overrides=chosen), overrides)
             raise error
+    given = dict(o.split("=", 1) for o in overrides if "=" in o)
     missing = sorted(str(k) for k in OmegaConf.missing_keys(config))
+    missing += [k for k in required_keys(verb) if given.get(k) in ("", "null")]
     if missing:
         from teacher.errors import UsageError
 
@@ -77,7 +79,20 @@ def configure(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
             f"{', '.join(f'{k}=' for k in missing)} must be given; "
             f"`distill {verb} --help` shows every key."
         )
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    values: dict = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    for key in required_keys(verb):
+        if isinstance(values[key], int | float):  # a folder named 2026
+            values[key] = given[key]
+    return values
+
+
+def required_keys(verb: str) -> list[str]:
+    """The keys that a verb's YAML leaves open; all of them name files or folders."""
+    from omegaconf import OmegaConf
+
+    return [
+        str(k) for k in OmegaConf.missing_keys(OmegaConf.load(str(files("conf") / f"{verb}.yaml")))
+    ]
 
 
 def raise_for_unknown_key(defaults: Any, overrides: Sequence[str]) -> None:

@@ -35,6 +35,8 @@ def test_an_unknown_verb_is_answered_with_the_near_one(capsys):
         (["label", "images=x", "out=y", "teacher.nmae=3"], "nmae"),
         (["label", "images=x", "out=y", "teacher=oracle"], "oracle"),
         (["label", "images=x"], "out= must be given"),
+        (["label", "images=x", "out="], "out= must be given"),
+        (["label", "images=null", "out=y"], "images= must be given"),
         (["label", "images=nowhere", "out=y", "teacher=own", "teacher.name=nobody"], "nowhere"),
     ],
 )
@@ -45,6 +47,11 @@ def test_bad_use_is_exit_2_with_one_paragraph(capsys, tmp_path, monkeypatch, arg
     assert message in text
     assert "Traceback" not in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_be_named_like_a_number():
+    values = cli.configure("label", ["images=2026", "out=1e3", "shard_size=7"])
+    assert (values["images"], values["out"], values["shard_size"]) == ("2026", "1e3", 7)
 
 
 def test_an_unknown_group_choice_lists_the_choices(capsys, tmp_path):
