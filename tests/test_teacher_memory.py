@@ -9,7 +9,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import teacher_gpu
 import teacher_memory
-from tiny_checkpoints import write_marigold
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -32,10 +31,13 @@ def test_peak_of_a_chain_by_hand():
     assert peak == (16 + 64 + 64) * 1024
 
 
-def test_the_gpu_measurement_runs_at_a_tiny_size(tmp_path):
-    folder = write_marigold(tmp_path / "tiny", kind="depth")
-    row = teacher_gpu.measure(folder, answers=2, images=2, size=(16, 24), device="cpu")
-    assert row["answers"] == 2 and row["images_per_s"] > 0 and row["peak_bytes"] is None
+def test_the_gpu_measurement_is_rehearsed_on_the_cpu(capsys):
+    teacher_gpu.main(["rehearse"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("| – |")]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 4", "| 10"]
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no CUDA device here"):
+            teacher_gpu.main([])
 
 
 @pytest.mark.gpu
