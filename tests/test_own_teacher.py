@@ -5,9 +5,12 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from distill import cli
+from teacher.errors import UsageError
+from teacher.generators import load_teacher
 from teacher.label import Task
 from teacher.store import LabelSet
 
@@ -41,3 +44,25 @@ def test_the_documented_teacher_runs_by_the_documented_command(tmp_path, monkeyp
     without = [w for w in words[1:] if not w.startswith("anchor")]
     assert cli.main([w.replace("labels/ground", "labels/none") for w in without]) == 2
     assert not (tmp_path / "labels" / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "test_own_teacher:Painter", "brsh": 3}, r"Painter\(\*, brush: .*'brsh'"),
+        ({"name": "test_own_teacher:Painter"}, r"given are \[\]: missing .*'brush'"),
+        ({"name": "test_own_teacher:Painter", "brush": 3}, r"lacks \['tasks', 'answer'\]"),
+        ({"name": "test_own_teacher:no_class"}, "has no attribute 'no_class'"),
+    ],
+)
+def test_a_class_that_is_no_teacher_is_the_user_s_to_mend(options, message):
+    with pytest.raises(UsageError, match=message):
+        load_teacher(**options)
+
+
+class Painter:
+    def __init__(self, *, brush: int) -> None:
+        self.brush = brush
+
+    def describe(self):
+        return {}

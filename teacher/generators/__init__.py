@@ -9,6 +9,7 @@ refused before anything is loaded; an instance may know better, by its checkpoin
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,4 +84,17 @@ def teacher_class(name: str) -> Any:
 
 def load_teacher(*, name: str, **options: Any) -> Teacher:
     """Build a teacher by name (`teacher_class`); ``options`` go to its constructor."""
-    return teacher_class(name)(**options)
+    cls = teacher_class(name)
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        raise UsageError(
+            f"teacher.name={name!r}: its constructor is {cls.__name__}{inspect.signature(cls)}; "
+            f"given are {sorted(options)}: {error}."
+        ) from error
+    teacher = cls(**options)
+    if lacking := [m for m in ("tasks", "describe", "answer") if not hasattr(teacher, m)]:
+        raise UsageError(
+            f"teacher.name={name!r}: no teacher, it lacks {lacking}; see docs/own-teacher.md."
+        )
+    return teacher
