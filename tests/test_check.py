@@ -286,9 +286,17 @@ def test_a_damaged_seal_or_a_missing_shard_loses_that_shard_only(tmp_path, balls
     seal.write_bytes(seal.read_bytes()[:-30])
     (folder / "shard-000001.tar").unlink()
     assert sorted(problems_of(folder)) == [0, 1]
-    result = salvage(folder, tmp_path / "saved")
-    assert result["salvaged"]["images"] == 2
-    assert LabelSet(tmp_path / "saved").verify() == 2
+    result = salvage(folder, tmp_path / "saved")  # the index says what shard 0 holds
+    assert (result["salvaged"]["images"], result["salvaged"]["inputs_unknown"]) == (6, 0)
+    saved, old = LabelSet(tmp_path / "saved"), LabelSet(balls)
+    assert saved.verify() == 6 and saved.keys == [*old.keys[:4], *old.keys[8:]]
+    assert all(saved.members(key) == old.members(key) for key in saved.keys)
+    assert [row["uri"] for row in saved.rows] == [row["uri"] for row in old.rows]
+    (folder / "index.parquet").write_bytes(b"PAR1")
+    result = salvage(folder, tmp_path / "less")
+    assert (result["salvaged"]["images"], result["salvaged"]["inputs_unknown"]) == (2, 4)
+    assert "4 inputs of shards without a seal are not in it" in result["summary"]
+    assert LabelSet(tmp_path / "less").verify() == 2
     with pytest.raises(DamagedLabelSetError, match="not a whole seal"):
         LabelSet(folder)
 

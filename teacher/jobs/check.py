@@ -312,6 +312,11 @@ def _summary(labels: str, result: Mapping[str, Any]) -> str:
         parts.append(
             f"{saved['images']} images salvaged into {saved['out']}, {len(saved['lost'])} lost"
         )
+        if saved["inputs_unknown"]:
+            parts.append(
+                f"{saved['inputs_unknown']} inputs of shards without a seal are not in it; the "
+                "same label job into another folder has them all"
+            )
     elif problems:
         parts.append("salvage=FOLDER writes what is whole into a new set")
     return f"{labels}: " + "; ".join(parts)

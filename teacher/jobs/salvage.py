@@ -6,6 +6,7 @@ padding. ``KEY.json`` has no checksum, so it must be in canonical form and agree
 and the damage must have been found elsewhere in the shard: if all samples look whole although the
 shard's hash is wrong, the damage may sit in a camera, and none of the shard is taken. (One error
 is thus always caught; a second, hidden one inside a JSON number of the same shard is not.)
+Where the seal itself is damaged, the index says what the shard holds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from teacher.shards import (
     seal_path,
     shard_name,
 )
-from teacher.store import open_folder, read_dataset, write_index
+from teacher.store import INDEX, open_folder, read_dataset, write_index
 
 
 def survivors(tar_path: Path, seal: dict[str, Any]) -> tuple[dict[str, list], dict[str, str]]:
@@ -91,7 +92,7 @@ def rescue_shard(
         if hash_ids(seal["rows"]) != seal["ids_sha256"]:
             raise DamagedLabelSetError("rows")
     except (DamagedLabelSetError, OSError):
-        seal = {"rows": [], "bytes": -1}  # nothing says what the shard should hold
+        seal = {"rows": indexed_rows(folder, number), "bytes": -1}
     whole, lost = survivors(folder / f"{shard_name(number)}.tar", seal)
     with ShardWriter(target, number, plan_hash=plan_hash) as writer:
         for row in seal["rows"]:
@@ -109,8 +110,27 @@ def rescue_shard(
     return len(whole), lost
 
 
+def indexed_rows(folder: Path, number: int) -> list[dict[str, Any]]:
+    """What the index says of a shard; nothing if it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    names = ["key", "uri", "state", "reason", "offset", "size"]
+    try:
+        with pq.ParquetFile(folder / INDEX, pre_buffer=False) as index:
+            table = index.read(columns=["shard", *names], use_threads=False)
+        rows = table.filter(pc.field("shard") == number).select(names).to_pylist()
+    except (OSError, pa.ArrowException):
+        return []
+    return [{k: v for k, v in row.items() if v is not None} for row in rows]
+
+
 def salvage_into(folder: Path, out: str, problems: dict[int, str]) -> dict[str, Any]:
-    """Write what is whole of ``folder`` as the label set ``out``; counts and what was lost."""
+    """Write what is whole of ``folder`` as the label set ``out``; counts and what was lost.
+
+    ``inputs_unknown``: planned inputs of which no seal and no index tells.
+    """
     if not problems:
         raise UsageError(f"salvage={out}: {folder} is whole, there is nothing to salvage.")
     if Path(out).resolve() == folder.resolve():
@@ -124,12 +144,22 @@ def salvage_into(folder: Path, out: str, problems: dict[int, str]) -> dict[str, 
     target = open_folder(out, dataset | {"plan_hash": plan_hash})
     kept = 0
     lost: dict[str, str] = {}
+    inputs, size = meta.get("inputs", 0), meta.get("shard_size", 0)
+    unknown = 0
     for number in range(meta["shards"]):
         if number in problems:
             taken, gone = rescue_shard(folder, target, number, plan_hash=plan_hash)
             lost |= {key: f"{shard_name(number)}: {why}" for key, why in gone.items()}
+            planned = min(size, inputs - number * size)
+            unknown += max(planned - read_seal(seal_path(target, number))["count"], 0)
         else:
             taken = copy_shard(folder, target, number, plan_hash=plan_hash)
         kept += taken
     write_index(target)
-    return {"out": out, "plan_hash": plan_hash, "images": kept, "lost": lost}
+    return {
+        "out": out,
+        "plan_hash": plan_hash,
+        "images": kept,
+        "lost": lost,
+        "inputs_unknown": unknown,
+    }
