@@ -107,6 +107,11 @@ def read_dataset(folder: Path) -> dict[str, Any]:
     """``dataset.json``, or a `DamagedLabelSetError` that says what stands there instead."""
     path = folder / DATASET
     if not path.is_file():
+        if sealed_shards(folder):
+            raise DamagedLabelSetError(
+                f"{folder}: a label set that has lost its {DATASET}. Start the same job again: it "
+                "is written anew, and the sealed shards are kept."
+            )
         raise DamagedLabelSetError(
             f"{folder}: no {DATASET} in it, so this is not a label set. `distill label` and "
             "`distill scenes` make one."

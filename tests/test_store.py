@@ -226,6 +226,13 @@ def test_not_a_label_set(tmp_path):
         LabelSet(tmp_path)
 
 
+def test_a_set_without_its_description_says_how_it_comes_back(tmp_path, balls):
+    shutil.copytree(balls, tmp_path / "set")
+    (tmp_path / "set" / "dataset.json").unlink()
+    with pytest.raises(DamagedLabelSetError, match=r"lost its dataset.json. Start the same job"):
+        LabelSet(tmp_path / "set")
+
+
 def test_out_with_something_else_in_it(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match=r"thesis\.tex"):
