@@ -199,9 +199,10 @@ def cutmix(
     Yun et al. 2019, "CutMix", equation 1; for depth as Yang et al. 2024, "Depth Anything", section
     3.3. Every pixel keeps its own label (canonical depth needs no common camera), so nothing is
     averaged; the picture as a whole has no camera any more. The rectangle takes between a tenth and
-    four tenths of the area. What a label claims must be equal, else nothing is pasted.
+    four tenths of the area. Nothing is pasted where a depth is only affine: each picture has a
+    scale and a shift of its own.
     """
-    if sample.get("depth_space") != other.get("depth_space"):
+    if sample.get("depth_space", 0) or other.get("depth_space", 0):
         return sample
     height, width = sample["image"].shape[-2:]
     area, aspect = rng.uniform(0.1, 0.4), math.exp(rng.uniform(-0.5, 0.5))

@@ -205,13 +205,9 @@ class DataModule:
     ) -> Batches:
         """Batches of the steps ``start`` to ``steps``; the same whatever came before.
 
-        Of ``world`` processes each takes every so many-th image of a batch, from its ``rank``.
+        Of ``world`` processes each takes every so many-th image of a batch, from its ``rank``;
+        `TrainerConfig` sees to it that they are equally many.
         """
-        if self.batch_size % world:
-            raise UsageError(
-                f"trainer.batch_size={self.batch_size}: expected a multiple of the {world} "
-                "processes that share a batch (trainer.devices, torchrun)"
-            )
         sizes = [len(keys) for keys in self.train]
         plan = schedule(sizes, self.weights, count=steps * self.batch_size, seed=self.seed)
         jobs = plan[start * self.batch_size :][rank::world]

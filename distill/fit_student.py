@@ -13,6 +13,7 @@ from distill.scale_fit import Fit, Pair, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
+from teacher.jobs.licences import merged, of_label_set, of_student
 from teacher.metrics import angles_deg
 from teacher.store import LabelSet
 
@@ -26,13 +27,17 @@ def fit_student(
 
     Args:
         checkpoint: a ``student.safetensors``; may be the result of an earlier fit, which is undone.
-        labels: label set with the truth (dense or a few points) of images it has not learnt from.
+        labels: label set with the truth (dense or a few points) of images it has not learnt from;
+            its licences join those of the student.
         out: the new ``student.safetensors``.
         limit: at most so many images, evenly spread; None: all.
 
     Returns:
         ``summary``; ``depth``, ``depth_uncertainty``, ``normals_uncertainty``: `scale_fit.Fit` as
         JSON, for what student and labels both have; ``images``.
+
+    Raises:
+        UsageError: no labelled image, or depth that nobody measured (`distill.samples`).
     """
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"out={out}: expected a file name that ends in .safetensors")
@@ -40,8 +45,7 @@ def fit_student(
     model = Student(**{**old.config, "calibration": {}}).eval()
     model.load_state_dict(old.state_dict())
     truth = LabelSet(labels)
-    step = max(1, len(truth.keys) // limit) if limit else 1
-    keys = truth.keys[::step][:limit]
+    keys = [truth.keys[i] for i in _evenly(len(truth.keys), limit or len(truth.keys))]
     if not keys:
         raise UsageError(f"labels={labels}: no labelled image in it")
     pairs = measured(model, truth, keys)
@@ -62,7 +66,9 @@ def fit_student(
     fitted.load_state_dict(old.state_dict())
     about = {name: fit.to_json() for name, fit in found.items()}
     domain = {"plan_hash": truth.meta["plan_hash"], "images": len(keys)}
-    save_student(fitted, out, old.provenance | {"calibration": {"domain": domain, **about}})
+    licences = merged(of_student(old.provenance), of_label_set(truth.meta))
+    provenance = {"calibration": {"domain": domain, **about}, "licences": licences}
+    save_student(fitted, out, old.provenance | provenance)
     shown = "; ".join(
         f"{name} {'x'.join(f'{v:.3g}' for v in fit.values) if fit.kept else 'as it was'} "
         f"({fit.before:.3g} -> {fit.after:.3g})"
@@ -90,6 +96,11 @@ def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list
         answer = model(torch.from_numpy(sample["image"])[None])
         said = {k: v[0].float().numpy() for k, v in answer.items()}
         if "depth" in said:
+            if sample["depth_space"]:
+                raise UsageError(
+                    f"labels={truth.path}: its depth was brought to metres by an assumed range "
+                    "(anchor=range); a scale is fitted to measured depth only"
+                )
             t = sample["depth"][0]
             at = _spread(np.isfinite(t))
             pairs.setdefault("depth", []).append((said["depth"][0][at], t[at]))
@@ -106,4 +117,10 @@ def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list
 def _spread(mask: np.ndarray) -> tuple[np.ndarray, ...]:
     """Indices of at most `POINTS` pixels of a mask, evenly spread over it."""
     flat = np.flatnonzero(mask)
-    return np.unravel_index(flat[:: max(1, len(flat) // POINTS)], mask.shape)
+    return np.unravel_index(flat[_evenly(len(flat), POINTS)], mask.shape)
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of the numbers below ``count``, evenly spread."""
+    kept = min(count, most)
+    return np.arange(kept) * count // max(kept, 1)

@@ -186,8 +186,8 @@ class Lesson(L.LightningModule):
         """One optimiser step, or a skipped one when loss or gradient is not finite."""
         started = time.perf_counter()
         optimizer: Any = self.optimizers()
-        seed = self.config.seed * 1_000_003 + self.step_number
-        torch.manual_seed(seed + 7919 * rank())
+        seed = self.config.seed * 1_000_003 + self.step_number + 7919 * rank()
+        torch.manual_seed(seed)
         factor = lr_factor(
             step=self.step_number,
             progress=self.progress(),

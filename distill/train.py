@@ -12,6 +12,7 @@ A run's folder:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import logging
@@ -94,6 +95,11 @@ def train(
     if config.device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFailure("trainer.device=cuda: torch sees no CUDA device; use device=auto")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cuda" and config.devices > torch.cuda.device_count():
+        raise EnvironmentFailure(
+            f"trainer.devices={config.devices}: torch sees {torch.cuda.device_count()} CUDA "
+            "device(s), and every process needs its own"
+        )
     arguments: dict[str, Any] = {
         "data": [data] if isinstance(data, str) else list(data),
         "out": out,
@@ -109,6 +115,7 @@ def train(
         if config.devices > 1 and not started_as_companion():
             stack.enter_context(companions(config.devices, arguments))
         stack.enter_context(joined(device))
+        config = dataclasses.replace(config, devices=world())  # torchrun brings its own number
         return _train(config, device, **arguments)
 
 

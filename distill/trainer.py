@@ -103,10 +103,11 @@ class TrainerConfig:
             raise UsageError(f"trainer.precision={self.precision!r}: expected one of {known}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"trainer.device={self.device!r}: expected auto, cpu or cuda")
-        if self.batch_size % self.accumulate:
+        if self.batch_size % (self.accumulate * self.devices):
             raise UsageError(
-                f"trainer.accumulate={self.accumulate}: expected a divisor of trainer.batch_size="
-                f"{self.batch_size}"
+                f"trainer.batch_size={self.batch_size}: expected a multiple of trainer.accumulate "
+                "x the processes that share a batch (trainer.devices, torchrun) = "
+                f"{self.accumulate} x {self.devices}"
             )
 
 

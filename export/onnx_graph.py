@@ -20,7 +20,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export import readiness
+from export import readiness, trt_engine
 from export.artefact import MAX_DEPTH_M, MIN_DEPTH_M, OUTPUTS, Card, card_to_metadata
 from export.onnx_files import check_rules
 from student.checkpoint import load_student
@@ -218,12 +218,12 @@ def export_student(
         semantic_logits: also deliver the logits of the classes.
         calibration: label set whose images calibrate and judge every other precision than fp32.
         calibration_images: so many calibrate, as many others judge (`export.lowering`).
-
         tensorrt: None, or the options of `export.trt_engine.build` with which an engine of every
             precision but int8-cpu is built here, for this GPU and this TensorRT.
 
     A precision that misses a budget, or is not faster, is declined: its numbers stand in
-    ``export.json`` and ``exit`` is 1 if nothing but declined ones was asked for.
+    ``export.json`` and ``exit`` is 1 if nothing but declined ones was asked for. What was whole
+    when something failed is listed there, too.
     """
     wrong = sorted(set(precision) - set(PRECISIONS))
     if wrong or not precision:
@@ -239,6 +239,9 @@ def export_student(
         raise UsageError(f"batch={batch}: expected null (any number of images) or at least 1.")
     if focal_px is not None and not focal_px > 0:
         raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
+    if tensorrt is not None:
+        trt_engine.check_options(tensorrt)
+        trt_engine.import_tensorrt()
     source = Path(checkpoint)
     load_student(source)  # refused before anything is written
     folder = _open_folder(Path(out))
@@ -271,23 +274,38 @@ def export_student(
             **facts,
         }
 
-    if "fp32" in precision:
-        write(model, "fp32", {})
-    if labels is not None:
-        from export.lowering import lower_all
+    try:
+        if "fp32" in precision:
+            write(model, "fp32", {})
+        if labels is not None:
+            from export.lowering import lower_all
 
-        for name, graph, facts in lower_all(
-            model, lowered, card=card, reference=reference, labels=labels, images=calibration_images
-        ):
-            if graph is None:
-                declined[name] = facts
-                (folder / PRECISIONS[name]).unlink(missing_ok=True)  # an earlier export's
-            else:
-                write(graph, name, facts)
-    engines = {} if tensorrt is None else build_engines(folder, list(artefacts), tensorrt)
-    artefacts |= engines
+            for name, graph, facts in lower_all(
+                model,
+                lowered,
+                card=card,
+                reference=reference,
+                labels=labels,
+                images=calibration_images,
+            ):
+                if graph is None:
+                    declined[name] = facts
+                    (folder / PRECISIONS[name]).unlink(missing_ok=True)  # an earlier export's
+                else:
+                    write(graph, name, facts)
+        for name, facts in build_engines(folder, list(artefacts), tensorrt):
+            artefacts[name] = facts
+    finally:
+        result = _told(folder, card, artefacts, declined)
+    return result
+
+
+def _told(
+    folder: Path, card: Card, artefacts: dict[str, Any], declined: dict[str, Any]
+) -> dict[str, Any]:
+    """Write ``export.json``; what it says."""
     size = f"{card.height}x{card.width}"
-    total_mb = sum(int(str(a["bytes"])) for a in artefacts.values()) / 1e6
+    total_mb = sum(int(a["bytes"]) for a in artefacts.values()) / 1e6
     result = {
         "summary": f"{', '.join(artefacts)} ({size}, {'/'.join(card.outputs)}, {total_mb:.1f} MB) "
         f"in {folder}" + "".join(f"; {n} declined: {d['declined']}" for n, d in declined.items()),
@@ -303,18 +321,14 @@ def export_student(
 
 
 def build_engines(
-    folder: Path, names: Sequence[str], options: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+    folder: Path, names: Sequence[str], options: dict[str, Any] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """An engine beside each graph that is for TensorRT; what ``export.json`` says of them."""
-    from export.trt_engine import build
-
-    built: dict[str, dict[str, Any]] = {}
     for name in names:
-        if name != PRECISIONS["int8-cpu"]:
+        if options is not None and name != PRECISIONS["int8-cpu"]:
             engine = folder / name.replace(".onnx", ".engine")
-            sidecar = build(folder / name, engine, **options)
-            built[engine.name] = {**sidecar.engine, "precision": sidecar.precision}
-    return built
+            sidecar = trt_engine.build(folder / name, engine, **options)
+            yield engine.name, {**sidecar.engine, "precision": sidecar.precision}
 
 
 def _open_folder(folder: Path) -> Path:

@@ -20,11 +20,12 @@ from export.artefact import ArtefactError, card_from_metadata
 from export.onnx_files import check_external_data, check_sizes, read_model
 from export.readiness import verdicts
 from export.trt_known_bad import consult
-from export.trt_sidecar import Profile, Sidecar, facts_of
+from export.trt_sidecar import Profile, Sidecar, facts_of, release_of
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.jobs.commit import replace_atomically
 
 HARDWARE = {"none": "NONE", "same compute": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"}
+OPTIONS = ("profile", "workspace_mib", "version_compatible", "hardware", "allow_known_bad")
 OLDEST = (10, 0)
 MIB = 1 << 20
 
@@ -38,17 +39,26 @@ def import_tensorrt() -> Any:
             f"TensorRT cannot be imported ({error}). Install it where the engine will run "
             '(pip install "dense-distill[tensorrt]"; on Jetson it comes with JetPack).'
         ) from error
-    if release(trt.__version__) < OLDEST:
+    if release_of(trt.__version__) < OLDEST:
         raise EnvironmentFailure(
             f"TensorRT {trt.__version__}: expected 10.0 or newer (strongly typed networks)."
         )
     return trt
 
 
-def release(version: str) -> tuple[int, int]:
-    """(major, minor) of "10.3.0.26"."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+def check_options(options: Mapping[str, Any]) -> Profile:
+    """The profile of `build`'s ``options``; `UsageError` or `ArtefactError` for wrong ones."""
+    if strange := sorted(set(options) - set(OPTIONS)):
+        raise UsageError(f"tensorrt: unknown {strange}, expected some of {list(OPTIONS)}.")
+    sizes, hardware = options.get("profile", (1, 1, 8)), options.get("hardware", "none")
+    workspace_mib = options.get("workspace_mib", 1)
+    if not isinstance(sizes, Sequence) or [type(n) for n in sizes] != [int] * 3:
+        raise UsageError(f"profile={sizes}: expected three numbers of images, as in [1, 1, 8].")
+    if hardware not in HARDWARE:
+        raise UsageError(f"hardware={hardware!r}: expected one of {list(HARDWARE)}.")
+    if workspace_mib < 1:
+        raise UsageError(f"workspace_mib={workspace_mib}: expected at least 1.")
+    return Profile(smallest=sizes[0], best=sizes[1], largest=sizes[2])
 
 
 def make_logger(trt: Any) -> Any:
@@ -94,11 +104,10 @@ def build(
         ArtefactError: not ours, the parser or the builder refuses it. UsageError: known bad,
             options this release lacks. EnvironmentFailure: no TensorRT, no GPU.
     """
-    shapes = Profile(smallest=profile[0], best=profile[1], largest=profile[2])
-    if hardware not in HARDWARE:
-        raise UsageError(f"hardware={hardware!r}: expected one of {list(HARDWARE)}.")
-    if engine.suffix != ".engine" or workspace_mib < 1:
-        raise UsageError(f"engine={engine} workspace_mib={workspace_mib}: expected NAME.engine, 1+")
+    asked = {"profile": profile, "hardware": hardware, "workspace_mib": workspace_mib}
+    shapes = check_options(asked)
+    if engine.suffix != ".engine":
+        raise UsageError(f"engine={engine}: expected NAME.engine.")
     model = read_model(onnx_path)
     check_sizes(model, where=str(onnx_path))
     metadata = {p.key: p.value for p in model.metadata_props}
@@ -116,7 +125,7 @@ def build(
             f"in {card.precision}: {told}. Use another release, or allow_known_bad=true and let "
             "distill verify judge what comes out."
         )
-    _warn_unready(model, onnx_path, trt.__version__)
+    _refuse_unready(model, onnx_path, trt.__version__)
     gpu, compute = device if device is not None else _device()
     options = {
         "workspace_mib": workspace_mib,
@@ -165,9 +174,9 @@ def _device() -> tuple[str, str]:
         cuda.close()
 
 
-def _warn_unready(model: Any, path: Path, version: str) -> None:
+def _refuse_unready(model: Any, path: Path, version: str) -> None:
     """Refuse at once what the parser's published table rules out for this release."""
-    major, minor = release(version)
+    major, minor = release_of(version)
     target = "11" if major >= 11 else "10.12" if minor >= 12 else "10.3"
     told = verdicts(model)[target]
     if told["takes"] == "no":

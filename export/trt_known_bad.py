@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from export.trt_sidecar import release_of
+
 ISSUES = "https://github.com/NVIDIA/TensorRT/issues/"
 ATTENTION, TRANSFORMER, DETECTION = "attention", "vision transformer", "detection transformer"
 
@@ -110,7 +112,7 @@ def consult(
     model: onnx.ModelProto, *, version: str, precision: str, largest_batch: int
 ) -> list[Known]:
     """The reports that fit a graph, a TensorRT version ("10.3.0.26") and a precision."""
-    release = tuple(int(part) for part in version.split(".")[:2])
+    release = release_of(version)
     return [
         known
         for known in TABLE

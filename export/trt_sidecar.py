@@ -67,6 +67,12 @@ class Sidecar:
         return card_from_metadata(self.card, where=self.engine["file"])
 
 
+def release_of(version: str) -> tuple[int, int]:
+    """(major, minor) of TensorRT "10.3.0.26"."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 def path_of(engine: Path) -> Path:
     """``student.fp16.engine`` -> ``student.fp16.engine.json``."""
     return engine.with_name(engine.name + ".json")
@@ -115,7 +121,7 @@ def checked_bytes(engine: Path, sidecar: Sidecar) -> bytes:
 
 def check_machine(sidecar: Sidecar, *, version: str, gpu: str, compute: str, where: str) -> None:
     """Refuse another TensorRT or GPU with a sentence, before the deserialiser crashes or lies."""
-    built, here = (tuple(int(p) for p in v.split(".")[:2]) for v in (sidecar.tensorrt, version))
+    built, here = release_of(sidecar.tensorrt), release_of(version)
     same = sidecar.tensorrt == version
     if not same and not (sidecar.version_compatible and built <= here <= (built[0] + 1, 99)):
         hint = (

@@ -95,6 +95,9 @@ def group(
         raise ValueError(
             f"group: center {center.shape}, offset {offset.shape}: expected [H, W] and [2, H, W]"
         )
+    wanted = np.ones(center.shape, bool) if foreground is None else foreground.astype(bool)
+    if wanted.shape != center.shape:
+        raise ValueError(f"group: foreground {wanted.shape}: expected {center.shape} as center")
     peaks, assign = _kernels()
     heat = np.ascontiguousarray(center, np.float32)
     reach = max(1, round(0.012 * float(np.hypot(*heat.shape))))
@@ -102,7 +105,6 @@ def group(
     scores = heat[found[:, 0], found[:, 1]]
     order = np.argsort(-scores, kind="stable")[:MOST]
     found, scores = found[order], scores[order]
-    wanted = np.ones(heat.shape, bool) if foreground is None else foreground.astype(bool)
     ways = np.ascontiguousarray(offset, np.float32)
     ids = assign(ways, wanted, found.astype(np.float32), np.float32(NEAR), np.float32(NEAR_PX))
     sizes = np.bincount(ids.ravel(), minlength=len(found) + 1)[1:]

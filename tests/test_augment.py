@@ -192,6 +192,9 @@ def test_cutmix_pastes_image_and_labels_of_one_rectangle():
     other = sample(0.5, 2) | {"depth_space": np.array(2)}
     alone = cutmix(np.random.default_rng(0), sample(0.25, 1), other)
     assert (alone["depth"] == 2.5).all() and alone["camera_known"]
+    affine = [sample(v, n) | {"depth_space": np.array(2)} for v, n in ((0.25, 1), (0.5, 2))]
+    alone = cutmix(np.random.default_rng(0), *affine)  # each has a scale and a shift of its own
+    assert (alone["depth"] == 2.5).all() and alone["camera_known"]
 
 
 def test_photometric_changes_are_those_that_are_named(monkeypatch):

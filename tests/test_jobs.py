@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -280,6 +281,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path):
     run(photos, tmp_path / "one", shard_size=2, batch_size=2)
     result = run(photos, tmp_path / "two", shard_size=2, batch_size=2, workers=2)
     assert (result["labelled"], result["complete"]) == (9, True)
+    assert 0 <= result["teacher_share"] <= 1
     same_shards(tmp_path / "one", tmp_path / "two")
     assert not list((tmp_path / "two").glob(".*"))
 
@@ -375,11 +377,73 @@ def test_transient_errors_are_retried_and_permanent_ones_are_not(monkeypatch):
     with pytest.raises(EnvironmentFailure, match=r"reading x: I/O error .* five times"):
         patiently(broken, what="reading x")
 
+    def silent():
+        raise TimeoutError("no answer from the store")  # as fsspec's: without an errno
+
+    with pytest.raises(EnvironmentFailure, match=r"reading x: no answer from the store"):
+        patiently(silent, what="reading x")
+
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "x")
 
     with pytest.raises(OSError, match="No space left"):
         patiently(full, what="x")
+
+
+def test_what_others_sealed_does_not_count_as_this_run_s_bytes(tmp_path, monkeypatch):
+    photos, set_ = write_photos(tmp_path / "photos", n=9), tmp_path / "set"
+
+    size = lambda: sum(p.with_suffix(".tar").stat().st_size for p in set_.glob("shard*.json"))  # noqa: E731
+    theirs: list[int] = []
+
+    class Helped(PlaneTeacher):
+        """While it labels the first shard, somebody else labels what it has not leased yet."""
+
+        def answer(self, queries, tasks):
+            if not theirs:
+                run(photos, set_, shard_size=2, shard={"index": 1, "count": 2})
+                theirs.append(size())
+            return super().answer(queries, tasks)
+
+    monkeypatch.setitem(globals(), "Helped", Helped)
+    result = run(photos, set_, teacher={"name": "test_jobs:Helped"}, shard_size=2, threads=1)
+    assert 0 < theirs[0] < size()
+    done = result["labelled"] + result["rejected"]
+    own = (size() - theirs[0]) / done
+    assert result["gb_per_million"] == pytest.approx(own * 1e6 / 1e9, abs=0.01)
+
+
+def test_a_signal_drops_what_waits_for_an_encoder(tmp_path, monkeypatch):
+    photos, calls = tmp_path / "photos", []
+    photos.mkdir()
+    for i in range(32):
+        Image.fromarray(np.full((16, 16, 3), 50 + i, np.uint8)).save(photos / f"{i:02d}.png")
+    encoded: list[str] = []
+
+    def slow(label):
+        time.sleep(0.05)
+        encoded.append(label.key)
+        return encode_members(label)
+
+    class Stopped(PlaneTeacher):
+        def answer(self, queries, tasks):
+            calls.append(len(queries))
+            if len(calls) > 1:
+                raise KeyboardInterrupt
+            return super().answer(queries, tasks)
+
+    monkeypatch.setattr("teacher.jobs.engines.encode_members", slow)
+    monkeypatch.setitem(globals(), "Stopped", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            photos,
+            tmp_path / "set",
+            teacher={"name": "test_jobs:Stopped"},
+            shard_size=64,
+            batch_size=16,
+            threads=1,
+        )
+    assert len(encoded) < 8
 
 
 def test_a_file_that_changes_or_vanishes_during_the_job_is_named(tmp_path):
@@ -391,6 +455,16 @@ def test_a_file_that_changes_or_vanishes_during_the_job_is_named(tmp_path):
     (photos / "0.jpg").unlink()
     with pytest.raises(UsageError, match=r"0\.jpg: the file is gone"):
         prepare(entry, source, max_side=None)
+
+
+def test_a_photo_that_changes_beside_a_tar_is_named_too(tmp_path):
+    photos = write_photos(tmp_path / "photos", n=2)
+    with tarfile.open(photos / "part.tar", "w") as tar:
+        tar.add(photos / "0.jpg", "inside.jpg")
+    source = open_source(str(photos))
+    for uri in ("0.jpg", "part.tar::inside.jpg"):
+        with pytest.raises(UsageError, match=r"the file changed after it was planned"):
+            prepare(Entry(uri=uri, key="0" * 24), source, max_side=None)
 
 
 def test_a_lease_is_free_when_dropped_expired_or_orphaned(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What a lesson can do beside learning: patience, captures, features, init=, precision, report."""
 
 import csv
+import json
 import math
 import re
 from pathlib import Path
@@ -108,6 +109,19 @@ def test_a_bad_step_is_kept_and_runs_again(lesson, monkeypatch):
             assert torch.equal(file.get_tensor(f"student.{name}"), value)
     with pytest.raises(UsageError, match="no captured step"):
         replay(__file__)
+
+
+def test_a_capture_of_another_process_holds_the_seed_it_ran_with(lesson, monkeypatch):
+    monkeypatch.setattr("distill.module.rank", lambda: 1)
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    bad = batch()
+    bad["image"][1, 0, 3, 3] = NAN
+    lesson.training_step(bad, 0)
+    from safetensors import safe_open
+
+    with safe_open(lesson.folder / "bad-step-0000001-process1.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["facts"])["seed"] == seeds[-1] != 0
 
 
 def test_layers_are_counted_from_the_stem_and_slow_down_towards_it():

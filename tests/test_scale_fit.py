@@ -9,6 +9,8 @@ from distill.scale_fit import fit_affine, fit_power, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
+from teacher.jobs.licences import of_label_set
+from teacher.store import LabelSet
 
 KEYS = [f"image{i}" for i in range(12)]
 
@@ -98,3 +100,24 @@ def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):
     assert again["depth"] == first["depth"]  # the first fit is undone, not doubled
     with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         fit_student(**arguments, out=str(tmp_path / "d.pt"))
+    truth = of_label_set(LabelSet(tmp_path / "truth").meta)
+    assert truth and all(e in fitted.provenance["licences"] for e in truth)
+
+
+def test_a_limited_fit_sees_the_whole_set_and_metres_must_be_measured(tmp_path, monkeypatch):
+    write_analytic_set(tmp_path / "truth", n=8, height=32, width=48)
+    student = Student(backbone="test_efficientnet", height=32, width=64, tasks=["depth"]).eval()
+    save_student(student, tmp_path / "a.safetensors", {})
+    seen: list[str] = []
+    monkeypatch.setattr(
+        "distill.fit_student.fit_scale",
+        lambda keys, pairs: seen.extend(keys) or fit_scale(keys, pairs),
+    )
+    arguments = {"labels": str(tmp_path / "truth"), "checkpoint": str(tmp_path / "a.safetensors")}
+    fit_student(**arguments, out=str(tmp_path / "b.safetensors"), limit=5)
+    keys = LabelSet(tmp_path / "truth").keys
+    assert seen == [keys[i] for i in (0, 1, 3, 4, 6)]
+    monkeypatch.setattr("distill.samples.claimed_space", lambda label: 1)
+    with pytest.raises(UsageError, match="anchor=range"):
+        fit_student(**arguments, out=str(tmp_path / "c.safetensors"))
+    assert not (tmp_path / "c.safetensors").exists()

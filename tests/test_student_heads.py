@@ -101,6 +101,8 @@ def test_instances_come_back_from_their_own_centres_and_offsets():
     assert (hidden[ids != 9] == 0).all() and (hidden[ids == 9] > 0).mean() > 0.9
     with pytest.raises(ValueError, match=r"offset \(48, 64\): expected \[H, W\] and \[2, H, W\]"):
         group(heat[0], heat[0])
+    with pytest.raises(ValueError, match=r"foreground \(5, 5\)"):
+        group(heat[0], heat[1:], foreground=np.ones((5, 5), bool))
 
 
 def test_grouping_ignores_nan_and_small_things():

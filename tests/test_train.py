@@ -21,7 +21,7 @@ from distill.resume import alone_in
 from distill.train import train
 from distill.trainer import trainer_config
 from student.checkpoint import load_student
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 
 STUDENT = {
     "backbone": "test_efficientnet",
@@ -317,6 +317,11 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
         ({"trainer": {**TRAINER, "steps": "many"}}, "trainer.steps='many': expected a value like"),
         ({"trainer": {**TRAINER, "lr": -1.0}}, "trainer.lr=-1.0: expected more than 0"),
         ({"trainer": {**TRAINER, "precision": "fp8"}}, "expected one of auto, fp32, bf16, fp16"),
+        (
+            {"trainer": {**TRAINER, "batch_size": 6, "accumulate": 4}},
+            "trainer.batch_size=6: expected",
+        ),
+        ({"trainer": {**TRAINER, "batch_size": 4, "accumulate": 4, "devices": 2}}, "= 4 x 2"),
         ({"student": {**STUDENT, "decodr": 3}}, "student: no key decodr; the keys are backbone"),
         ({"student": {"backbone": "test_resnet"}}, "student: height and width must be given"),
         ({"data": []}, "expected at least one label set"),
@@ -333,6 +338,20 @@ def test_bad_uses_are_explained_before_anything_is_written(labels, tmp_path, cha
     with pytest.raises(UsageError) as caught:
         train(**{**arguments, **change})
     assert text in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_or_than_parts_of_a_batch_are_refused(
+    labels, tmp_path, monkeypatch
+):
+    run = {"data": str(labels), "out": str(tmp_path / "run"), "student": STUDENT}
+    monkeypatch.setattr("distill.train.world", lambda: 3)  # as torchrun would have it
+    with pytest.raises(UsageError, match=r"batch_size=4: expected a multiple .* = 1 x 3"):
+        train(**run, trainer=TRAINER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(EnvironmentFailure, match=r"devices=2: torch sees 1 CUDA"):
+        train(**run, trainer=TRAINER | {"device": "auto", "devices": 2})
     assert not (tmp_path / "run").exists()
 
 

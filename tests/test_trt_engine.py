@@ -3,18 +3,20 @@
 import ast
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from export_cases import hand_made
+from export_cases import hand_made, make_student
 from onnx import TensorProto, helper
 from trt_stub import VERSIONS, StubTensorRT, names_of
 
 from export import trt_engine
 from export.artefact import ArtefactError
 from export.cuda import Cuda
+from export.onnx_graph import export_student
 from export.runtimes import open_runtime
 from export.trt_engine import HARDWARE, build, cache_path
 from export.trt_known_bad import TABLE, consult, has_attention
@@ -176,6 +178,45 @@ def test_bad_options(made):
         made("10.3.0", profile=(2, 1, 8))
     with pytest.raises(UsageError, match=r"hardware='any': expected one of"):
         made("10.3.0", hardware="any")
+
+
+def test_an_export_lists_its_engines_and_what_was_whole_when_one_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(trt_engine, "_device", lambda: ORIN)
+    checkpoint, out = str(tmp_path / "s.safetensors"), tmp_path / "out"
+    make_student(Path(checkpoint), tasks=("depth",))
+
+    def export(stub, **options):
+        monkeypatch.setattr(trt_engine, "import_tensorrt", lambda: stub)
+        return export_student(checkpoint=checkpoint, out=str(out), tensorrt=options)
+
+    def listed():
+        return set(json.loads((out / "export.json").read_text())["artefacts"])
+
+    good, bad = StubTensorRT("10.3.0"), StubTensorRT("10.3.0", parses=False)
+    for wrong, said in (
+        ({"workspace": 5}, r"unknown \['workspace'\], expected some of \['profile'"),
+        ({"profile": [1, 2]}, r"profile=\[1, 2\]: expected three numbers of images"),
+        ({"profile": 4}, r"profile=4: expected three numbers of images"),
+        ({"workspace_mib": 0}, "workspace_mib=0: expected at least 1"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            export(good, **wrong)
+    assert not out.exists()  # said before hours of searching islands
+    with pytest.raises(ArtefactError, match="parser refuses it"):
+        export(bad)
+    assert listed() == {"student.onnx"}
+    told = export(good, profile=[1, 1, 2])  # and the folder is an earlier export's
+    assert listed() == {"student.onnx", "student.engine"} == set(told["artefacts"])
+    assert told["artefacts"]["student.engine"]["sha256"] == hashlib.sha256(b"plan").hexdigest()
+
+
+def test_an_export_without_tensorrt_says_so_before_it_starts(tmp_path, monkeypatch):
+    make_student(tmp_path / "s.safetensors", tasks=("depth",))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    out = tmp_path / "out"
+    with pytest.raises(EnvironmentFailure, match="TensorRT cannot be imported"):
+        export_student(checkpoint=str(tmp_path / "s.safetensors"), out=str(out), tensorrt={})
+    assert not out.exists()
 
 
 # -- the known-bad table -----------------------------------------------------------------------

@@ -58,6 +58,11 @@ def tidy(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def is_transient(error: OSError) -> bool:
+    """Whether it may pass by itself; time-outs of an object store come without a number."""
+    return error.errno in TRANSIENT or isinstance(error, (TimeoutError, ConnectionError))
+
+
 def patiently(work: Callable[[], R], *, what: str) -> R:
     """Run input or output again after a transient error, waiting longer each time.
 
@@ -67,11 +72,12 @@ def patiently(work: Callable[[], R], *, what: str) -> R:
         try:
             return work()
         except OSError as error:
-            if error.errno not in TRANSIENT:
+            if not is_transient(error):
                 raise
             if wait_s is None:
                 raise EnvironmentFailure(
-                    f"{what}: {error.strerror} ({error.filename}), five times in a row. What was "
+                    f"{what}: {error.strerror or error} ({error.filename or type(error).__name__}),"
+                    " five times in a row. What was "
                     "committed is intact; the same command goes on when the device is back."
                 ) from error
             time.sleep(wait_s)

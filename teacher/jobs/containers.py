@@ -62,8 +62,6 @@ def readable(name: str) -> str:
 class TarSource:
     """The images of one tar file, by offset; other members (json, txt) are not inputs."""
 
-    keyed_by_bytes = True
-
     def __init__(self, path: Path | File) -> None:
         """Scan the headers; a million members take about 150 bytes each."""
         self.file = path if isinstance(path, File) else local(path)
@@ -86,6 +84,10 @@ class TarSource:
                 f"images={self.file.path}: not a whole tar file ({error}); found "
                 f"{len(self._where)} images before the damage. Repair or remove it."
             ) from error
+
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Always: what is no file is never read."""
+        return True
 
     def list(self) -> list[str]:
         """Member names, sorted."""
@@ -139,8 +141,6 @@ def file_stamp(path: Path | str) -> str:
 class TableSource:
     """The image column of a Parquet or Arrow file (Hugging Face layout or plain bytes)."""
 
-    keyed_by_bytes = True
-
     def __init__(self, path: Path | File) -> None:
         """Reads the schema and row counts only."""
         import pyarrow as pa
@@ -152,6 +152,10 @@ class TableSource:
             raise UsageError(f"images={self.file.path}: not a readable table ({error}).") from error
         self._cache = threading.local()
         self.rows = sum(count for count, _ in self._groups)
+
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Always: a row without bytes is never read."""
+        return True
 
     def list(self) -> list[str]:
         """Row numbers, padded so that they sort."""

@@ -20,7 +20,7 @@ from teacher.anchors import Anchor
 from teacher.confidence import Calibration
 from teacher.errors import EnvironmentFailure
 from teacher.generators import Query, Teacher
-from teacher.jobs.commit import TRANSIENT, WAITS_S, Lease, patiently, this_host
+from teacher.jobs.commit import WAITS_S, Lease, is_transient, patiently, this_host
 from teacher.jobs.plan import Entry, Plan
 from teacher.jobs.samples import Prepared, answer_split, prepare, to_label
 from teacher.jobs.sources import Source
@@ -31,6 +31,16 @@ from teacher.shards import encode_members, seal_path, shard_name
 T = TypeVar("T")
 R = TypeVar("R")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def impatient_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose waiting work is dropped at the end: nobody wants it after a signal."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def ahead(
@@ -54,11 +64,12 @@ class Tally:
     rejected: int = 0
     duplicates: int = 0
     shards: int = 0
+    bytes: int = 0
     teacher_s: float = 0.0
     wall_s: float = 0.0
 
     def __add__(self, other: Tally) -> Tally:
-        """Counts and teacher seconds add up; of the wall times the longer counts."""
+        """Counts, bytes and teacher seconds add up; of the wall times the longer counts."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         total = {name: mine[name] + theirs[name] for name in mine}
         return Tally(**total | {"wall_s": max(self.wall_s, other.wall_s)})
@@ -163,9 +174,10 @@ class Worker:
         After a failed sync nothing that was written to a file can be trusted, so no step of a
         shard is repeated, but the shard.
         """
-        if error.errno not in TRANSIENT | FULL:
+        if not (is_transient(error) or error.errno in FULL):
             raise error
-        where = f"{self.folder}: {error.strerror} ({error.filename or 'while writing a shard'})"
+        place = error.filename or "while writing a shard"
+        where = f"{self.folder}: {error.strerror or error} ({place})"
         if error.errno in FULL:
             raise EnvironmentFailure(
                 f"{where}. Sealed shards are intact; make room (a new out= on another disk would "
@@ -202,8 +214,8 @@ class Worker:
         """Once over the shards; those leased by others are left alone."""
         with (
             Claims(self.folder, numbers) as claims,
-            ThreadPoolExecutor(self.threads) as decoders,
-            ThreadPoolExecutor(self.threads) as encoders,
+            impatient_pool(self.threads) as decoders,
+            impatient_pool(self.threads) as encoders,
             ThreadPoolExecutor(1) as committer,
         ):
             shards, entries = itertools.tee(iter(claims))
@@ -239,6 +251,7 @@ class Worker:
             self.tally.rejected += states["rejected"]
             self.tally.duplicates += states["duplicate_of"]
             self.tally.shards += 1
+            self.tally.bytes += writer.final.stat().st_size
         claims.finished(writer.number)
 
     def _fill(

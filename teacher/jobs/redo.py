@@ -45,7 +45,7 @@ def _set_aside(folder: Path, number: int, meta: dict[str, Any]) -> str:
         paths = [p for p in (seal.with_suffix(".tar"), seal) if p.exists()]
         inodes = [p.stat().st_ino for p in paths]
         problem = shard_problem(folder, number, meta)
-        if "another plan" in problem:  # whole, and somebody's work
+        if problem.endswith("sealed for another plan"):  # whole, and somebody's work
             raise DamagedLabelSetError(f"{folder}: {problem}. Move it to where it belongs.")
         if problem:
             for path, inode in zip(paths, inodes, strict=True):

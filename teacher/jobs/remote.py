@@ -13,8 +13,6 @@ from teacher.shards import content_key
 class RemoteFiles:
     """Files of an object store by their names relative to the URL."""
 
-    keyed_by_bytes = True
-
     def __init__(self, url: str) -> None:
         """Lists the files below the URL; ``names`` may be narrowed by the caller."""
         import fsspec
@@ -41,6 +39,10 @@ class RemoteFiles:
         return File(
             path=Path(uri), open=lambda: self.files.open(path, "rb"), stamp=lambda: self._mark(path)
         )
+
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Always."""
+        return True
 
     def list(self) -> list[str]:
         """Names relative to the URL, sorted."""

@@ -121,7 +121,7 @@ def label(
         tally = run_ray(recipe, todo, workers=workers)
     else:
         tally = run_processes(recipe, todo, workers=workers)
-    result = report(folder, tally, todo, done_before=done_before, shards=plan.shards)
+    result = report(folder, tally, workers=workers, done_before=done_before, shards=plan.shards)
     nothing = result["complete"] and not result["in_set"]["labelled"]
     return result | {"redone": damaged, "exit": 1 if nothing else 0}
 
@@ -248,7 +248,7 @@ def duration(seconds: float) -> str:
 
 
 def report(
-    folder: Path, tally: Tally, todo: Sequence[int], *, done_before: int, shards: int
+    folder: Path, tally: Tally, *, workers: int, done_before: int, shards: int
 ) -> dict[str, Any]:
     """Facts of the run, written to ``run.json``, and the one-line summary with the cost.
 
@@ -267,7 +267,7 @@ def report(
         "in_set": in_set,
         "wall_s": round(tally.wall_s, 3),
         "images_per_s": round(images / wall_s, 3),
-        "teacher_share": round(tally.teacher_s / wall_s, 4),
+        "teacher_share": round(tally.teacher_s / (wall_s * workers), 4),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     summary = (
@@ -279,10 +279,8 @@ def report(
         f"{facts['teacher_share']:.0%} of it inside the teacher"
     )
     if images:
-        sealed = [seal_path(folder, n) for n in todo if seal_path(folder, n).exists()]
-        written = sum(path.with_suffix(".tar").stat().st_size for path in sealed)
         facts["teacher_hours_per_million"] = round(tally.teacher_s / images * 1e6 / 3600, 2)
-        facts["gb_per_million"] = round(written / images * 1e6 / 1e9, 2)
+        facts["gb_per_million"] = round(tally.bytes / images * 1e6 / 1e9, 2)
         summary += (
             f"; a million images would cost {facts['teacher_hours_per_million']} teacher hours and "
             f"{facts['gb_per_million']} GB"

@@ -36,7 +36,7 @@ def prepare(entry: Entry, source: Source, *, max_side: int | None) -> Prepared:
         return Prepared(entry=entry)
     try:
         data = source.read(entry.uri)
-        if source.keyed_by_bytes and content_key(data) != entry.key:
+        if source.keyed_by_bytes(entry.uri) and content_key(data) != entry.key:
             forget_key(source, entry.uri)
             raise UsageError(
                 f"{entry.uri}: the file changed after it was planned. Start again: it is planned "

@@ -38,7 +38,9 @@ WHAT = (
 class Source(Protocol):
     """Anything that lists inputs and reads their bytes; must be usable from several threads."""
 
-    keyed_by_bytes: bool  # whether `key` is the hash of what `read` gives
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Whether `key` is the hash of what `read` gives."""
+        ...
 
     def list(self) -> list[str]:
         """Names of all inputs, sorted, independent of where the source lies on this machine."""
@@ -64,8 +66,6 @@ class Source(Protocol):
 class FileSource:
     """Image files below a root; names are relative to it, so the root may move between runs."""
 
-    keyed_by_bytes = True
-
     def __init__(self, root: Path, names: list[str]) -> None:
         """``names`` are paths relative to ``root`` (absolute ones stay as they are)."""
         self.root = root
@@ -74,6 +74,10 @@ class FileSource:
 
     def _path(self, uri: str) -> Path:
         return self.root / self._odd.get(uri, uri)
+
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Always."""
+        return True
 
     def list(self) -> list[str]:
         """Relative paths, sorted."""
@@ -125,12 +129,14 @@ class LayoutSource(FileSource):
 class LabelSetSource:
     """The images of an existing label set, with their cameras."""
 
-    keyed_by_bytes = False
-
     def __init__(self, path: Path) -> None:
         """Opens and verifies the set."""
         self.labels = LabelSet(path)
         self.labels.verify()
+
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Never: keys are those of the originals."""
+        return False
 
     def list(self) -> list[str]:
         """The keys, sorted."""
@@ -157,8 +163,6 @@ class LabelSetSource:
 class Bundle:
     """Several sources under their names: ``sub/clip.mp4::t=...``, ``part.tar::a.jpg``."""
 
-    keyed_by_bytes = False
-
     def __init__(self, files: Source, parts: dict[str, Source]) -> None:
         """``files`` for plain images, ``parts`` by relative path."""
         self.files, self.parts = files, parts
@@ -169,6 +173,11 @@ class Bundle:
     def _pick(self, uri: str) -> tuple[Source, str]:
         part, _, inner = uri.partition("::")
         return (self.parts[part], inner) if inner and part in self.parts else (self.files, uri)
+
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Of the part."""
+        source, inner = self._pick(uri)
+        return source.keyed_by_bytes(inner)
 
     def list(self) -> list[str]:
         """All names, sorted."""

@@ -22,8 +22,6 @@ class VideoSource:
     the same keys wherever it lies.
     """
 
-    keyed_by_bytes = False
-
     def __init__(self, path: Path | File, *, fps: float, scene_change: float | None) -> None:
         """Pick the frames: ``fps`` per second, or, with ``scene_change``, the first of each scene.
 
@@ -61,6 +59,10 @@ class VideoSource:
                 elif seconds >= due - 1e-6:
                     yield seconds, frame.pts
                     due = max(due + 1 / self.fps, seconds + 0.5 / self.fps)
+
+    def keyed_by_bytes(self, uri: str) -> bool:
+        """Never: keys are those of the video and the time."""
+        return False
 
     def list(self) -> list[str]:
         """``t=SECONDS`` of the picked frames, in time order."""

@@ -1,7 +1,7 @@
 """What a label job costs beside its teacher: overhead, memory over 20 000 images, a million inputs.
 
     python tests/benchmarks/label_jobs.py overhead [n]   wall and CPU time against a bare loop
-    python tests/benchmarks/label_jobs.py overhead n W   with the mini teacher and its weights W
+    python tests/benchmarks/label_jobs.py overhead n mini    with the shipped mini teacher
     python tests/benchmarks/label_jobs.py soak [n]       memory, rate; docs/img/label-soak.png
     python tests/benchmarks/label_jobs.py listing [n]    list and plan n files, keys known
 
@@ -74,10 +74,10 @@ def job(images: Path, out: Path, teacher: dict, **changes) -> dict:
     return label(teacher=teacher, images=str(images), out=str(out), **plain | changes)
 
 
-def overhead(folder: Path, n: int, weights: str | None) -> dict:
+def overhead(folder: Path, n: int, name: str) -> dict:
     """Wall time of a job over the wall time of its teacher on preloaded batches, side by side."""
     source = photos(folder / "in", n, height=480, width=640, kind="jpg")
-    about = {"name": "mini", "weights": weights} if weights else {"name": "label_jobs:Sleeper"}
+    about = {"name": name}
     teacher = load_teacher(**about)
     pictures = [read(p.read_bytes()) for p in sorted(source.iterdir())]
     queries = [
@@ -92,13 +92,15 @@ def overhead(folder: Path, n: int, weights: str | None) -> dict:
             teacher.answer(queries[start : start + BATCH], tasks)
         bare_s, bare_cpu_s = time.monotonic() - before, time.process_time() - cpu
         before, cpu = time.monotonic(), time.process_time()
-        job(source, folder / f"out{turn}", about)
+        done = job(source, folder / f"out{turn}", about)
         job_s, job_cpu_s = time.monotonic() - before, time.process_time() - cpu
         ratios.append(
             {
                 "bare_s": round(bare_s, 2),
                 "job_s": round(job_s, 2),
                 "ratio": round(job_s / bare_s, 3),
+                "label_s": done["wall_s"],
+                "teacher_share": done["teacher_share"],
                 "cpu_ms_per_image_beside_teacher": round((job_cpu_s - bare_cpu_s) / n * 1e3, 1),
             }
         )
@@ -191,7 +193,7 @@ def main(what: str, *rest: str) -> None:
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         if what == "overhead":
             n = int(rest[0]) if rest else 96
-            found = overhead(folder, n, rest[1] if len(rest) > 1 else None)
+            found = overhead(folder, n, rest[1] if len(rest) > 1 else "label_jobs:Sleeper")
         elif what == "soak":
             found = soak(folder, int(rest[0]) if rest else 20_000)
         else:

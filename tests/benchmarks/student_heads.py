@@ -1,12 +1,12 @@
-"""Students compared at equal cost: depth heads, features, augmentation, tasks, against truth.
+"""Students compared at equal cost: depth heads, augmentation, tasks, decoders, against truth.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/student_heads.py train=labels/x \\
         held=truth/held-out,truth/shifted out=out/heads steps=3000 heads
 
 Variants: heads (log, bins, mixture), augment (strong, geometry, none), tasks (both, depth alone,
-normals alone), weights (with the label's uncertainty, without). Every variant takes the same images
-in the same order for the same steps; each is scored on every held-out set by `teacher.score`. The
-last lines compare each variant with the first by a paired bootstrap over images. Runs resume.
+normals alone), decoder (fpn, dpt). Every variant takes the same images in the same order for the
+same steps; each is scored on every held-out set by `teacher.score`. The last lines compare each
+variant with the first by a paired bootstrap over images. Runs resume.
 """
 
 import json
