@@ -28,8 +28,7 @@ from teacher.errors import UsageError
 from teacher.label import Answer, Label, Task, unknown_class
 
 FORMAT, VERSION = "dense-distill calibration", 1
-DOMAIN_QUANTILE = 0.99  # share of the calibration images that count as inside its domain
-DOMAIN_SLACK = 1.25  # ... times this distance
+DOMAIN_QUANTILE = 0.95  # share of the calibration's own images that count as inside its domain
 SHIPPED = Path(__file__).parent / "weights" / "calibration.json"  # of the mini teacher as it is
 VOLATILE = ("device",)  # keys of a teacher's description that do not change its answers
 
@@ -81,7 +80,7 @@ class Domain:
         n, square = len(rows), np.array([domain.distance(row) ** 2 for row in rows])
         left_out = (n - 2) * n**2 / (n - 1) ** 3 * square
         left_out /= np.maximum(1 - n * square / (n - 1) ** 2, 1e-6)
-        domain.limit = DOMAIN_SLACK * float(np.quantile(np.sqrt(left_out), DOMAIN_QUANTILE))
+        domain.limit = float(np.quantile(np.sqrt(left_out), DOMAIN_QUANTILE))
         return domain
 
     def distance(self, facts: Mapping[str, float]) -> float:
@@ -125,7 +124,7 @@ class Head:
 
 def gentle(name: str, values: np.ndarray) -> np.ndarray:
     """A sign on the scale it is used at: all but log depth are positive with long tails."""
-    return values if name == "far" else np.log1p(values * {"spread": 100.0}.get(name, 1.0))
+    return values if name == "far" else np.log1p(values * (100.0 if "spread" in name else 1.0))
 
 
 @dataclass

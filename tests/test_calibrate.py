@@ -9,7 +9,7 @@ from PIL import Image
 
 from teacher import doubt, metrics
 from teacher.calibrate import calibrate
-from teacher.confidence import DOMAIN_SLACK, Calibration, Domain
+from teacher.confidence import Calibration, Domain
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.jobs import run as jobs
@@ -380,4 +380,4 @@ def test_the_domains_limit_is_that_of_images_left_out():
         others = np.delete(facts, i, 0)
         gap = row - others.mean(0)
         distances.append(np.sqrt(gap @ np.linalg.inv(np.cov(others.T)) @ gap))
-    assert domain.limit == pytest.approx(DOMAIN_SLACK * np.quantile(distances, 0.99), rel=1e-3)
+    assert domain.limit == pytest.approx(np.quantile(distances, 0.95), rel=1e-3)
