@@ -38,6 +38,16 @@ def test_an_unknown_verb_is_answered_with_the_near_one(capsys):
         (["label", "images=x", "out="], "out= must be given"),
         (["label", "images=null", "out=y"], "images= must be given"),
         (["label", "images=nowhere", "out=y", "teacher=own", "teacher.name=nobody"], "nowhere"),
+        (
+            ["verify", "export=x", "labels=y", "batch=many"],
+            "batch='many' (str): expected a whole number.",
+        ),
+        (["predict", "model=x", "images=y", "out=z", "batch=2.5"], "batch=2.5 (float): expected a"),
+        (["bench", "export=x", "batches=4"], "batches=4 (int): expected a list, as in batches=["),
+        (["verify", "export=x", "labels=y", "tasks=depth"], "tasks='depth' (str): expected a list"),
+        (["export", "checkpoint=x", "out=y", "precision=[1]"], "precision=[1] (list): expected a"),
+        (["verify", "export=x", "labels=y", "rerun=0"], "rerun=0 (int): expected true or false."),
+        (["inspect", "labels=x", "out=2026"], "out=2026 (int): expected text or null."),
     ],
 )
 def test_bad_use_is_exit_2_with_one_paragraph(capsys, tmp_path, monkeypatch, arguments, message):
@@ -47,6 +57,14 @@ def test_bad_use_is_exit_2_with_one_paragraph(capsys, tmp_path, monkeypatch, arg
     assert message in text
     assert "Traceback" not in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verbs_defaults_are_of_its_own_kinds(verb):
+    chosen = {"label": ["teacher=truth"], "calibrate": ["teacher=truth"]}.get(verb, [])
+    given = [f"{key}=x" for key in cli.required_keys(verb)]
+    values = cli.configure(verb, [*chosen, *given, *(["teacher.labels=x"] if chosen else [])])
+    cli.raise_for_wrong_kind(cli.verb_function(verb), values)
 
 
 def test_a_folder_may_be_named_like_a_number():
