@@ -12,12 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
+from scipy.ndimage import (
+    distance_transform_edt,
+    gaussian_filter,
+    maximum_filter,
+    minimum_filter,
+)
 
 from teacher.errors import UsageError
 from teacher.label import Answer, Camera, Task
 
 EDGE_LOG = 0.1  # step of log depth between neighbours that counts as a silhouette
+NEAR_SHARE, NEAR_MOST = 24.0, 60.0  # `signs`: blur of 1/24 of the height, outliers cut at 60
 OUTLINE_REACH_PX = 8.0  # distance beyond which a silhouette is wholly unexplained
 
 
@@ -117,17 +123,25 @@ def border_distance(classes: np.ndarray) -> np.ndarray:
 def signs(answers: Mapping[Task, Answer], task: Task, camera: Camera) -> dict[str, np.ndarray]:
     """Every sign the answers to one image give about ``task``, each float32 [H, W], finite.
 
-    ``residual`` and ``spread`` are there if the answer has them; ``surface`` needs depth and
-    normals, ``outline`` depth and semantic; ``steep`` and ``far`` (log metres) come with depth,
-    ``lonely`` (distance to the next class border) with semantic. What is unknown at a pixel counts
-    as most doubtful.
+    ``residual`` and ``spread`` are there if the answer has them, as ``residual_depth`` and so on
+    are of the other tasks' answers: what one answer stumbles over is hard for all;
+    ``near_residual...`` are the same, blurred, because an object is wrong as a whole. ``surface``
+    needs depth and normals, ``outline`` depth and semantic; ``steep`` and ``far`` (log metres)
+    come with depth, ``lonely`` (distance to the next class border) with semantic. Residual, spread
+    and surface are there once more as the image's mean (``image_...``), because a wrong scale is
+    wrong everywhere. What is unknown at a pixel counts as most doubtful.
     """
-    answer = answers[task]
     found: dict[str, np.ndarray] = {}
-    if answer.residual is not None:
-        found["residual"] = _known(answer.residual, 255.0)
-    if answer.uncertainty is not None:
-        found["spread"] = _known(answer.uncertainty, {Task.NORMALS: 180.0}.get(task, 1.0))
+    for other, answer in answers.items():
+        name = "" if other is task else f"_{other}"
+        if answer.residual is not None:
+            residual = _known(answer.residual, 255.0)
+            found[f"residual{name}"] = residual
+            near = gaussian_filter(np.minimum(residual, NEAR_MOST), residual.shape[0] / NEAR_SHARE)
+            found[f"near_residual{name}"] = near
+        if answer.uncertainty is not None:
+            worst = {Task.NORMALS: 180.0}.get(other, 1.0)
+            found[f"spread{name}"] = _known(answer.uncertainty, worst)
     depth = answers[Task.DEPTH].values if Task.DEPTH in answers else None
     if depth is not None:
         found["steep"] = np.clip(steepness(depth), 0, 3)
@@ -138,6 +152,9 @@ def signs(answers: Mapping[Task, Answer], task: Task, camera: Camera) -> dict[st
             found["outline"] = outline(depth, answers[Task.SEMANTIC].values)
     if Task.SEMANTIC in answers:
         found["lonely"] = border_distance(answers[Task.SEMANTIC].values)
+    for name in ("residual", "spread", "surface"):
+        if name in found:
+            found[f"image_{name}"] = np.full_like(found[name], found[name].mean())
     return found
 
 

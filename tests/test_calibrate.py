@@ -155,6 +155,31 @@ def test_zoom_takes_each_window_at_its_own_scale():
     assert np.isnan(doubt.zoom(whole, [])).all()
 
 
+def test_signs_are_finite_cross_tasks_and_tell_of_the_neighbourhood_and_the_image():
+    """One spot of doubt about the classes is a sign for depth: there, around it, not elsewhere."""
+    still = np.zeros((12, 16), np.float32)
+    spot = still.copy()
+    spot[6, 4] = 40.0
+    spot[0, 0] = np.nan  # unknown: most doubtful
+    depth, classes = np.full((12, 16), 2.0, np.float32), np.ones((12, 16), np.uint8)
+    answers = {
+        Task.DEPTH: Answer(task=Task.DEPTH, space=Space.METRIC, values=depth, residual=still + 3),
+        Task.SEMANTIC: Answer(
+            task=Task.SEMANTIC, space=Space.CLASS_IDS, values=classes, residual=spot
+        ),
+    }
+    of_depth = doubt.signs(answers, Task.DEPTH, camera())
+    of_classes = doubt.signs(answers, Task.SEMANTIC, camera())
+    assert np.isfinite(np.stack(list(of_depth.values()))).all()
+    assert (of_depth["residual"] == 3).all() and (of_depth["image_residual"] == 3).all()
+    assert of_depth["residual_semantic"][6, 4] == 40 and of_depth["residual_semantic"][0, 0] == 255
+    assert (of_classes["residual"] == of_depth["residual_semantic"]).all()
+    assert of_classes["image_residual"] == pytest.approx((40 + 255) / 192)
+    near = of_depth["near_residual_semantic"]
+    assert 40 > near[6, 4] > near[6, 5] > near[6, 10] == 0
+    assert near[:3, :3].sum() < 61  # an outlier counts as 60
+
+
 def test_auroc_by_hand():
     """Pairs (wrong, right): 0.9 beats both, 0.4 beats one and ties one: (2 + 1.5) / 4."""
     doubts, wrong = np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])
