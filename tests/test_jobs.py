@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from teacher.jobs.run import label
 from teacher.jobs.samples import answer_split, prepare
 from teacher.jobs.sources import open_source
 from teacher.label import Answer, Camera, Space, Task
+from teacher.shards import encode_members
 from teacher.store import LabelSet, read_rows
 
 
@@ -444,6 +446,33 @@ def test_a_signal_drops_what_waits_for_an_encoder(tmp_path, monkeypatch):
             threads=1,
         )
     assert len(encoded) < 8
+
+
+def test_the_teacher_does_not_wait_at_the_border_of_a_shard(tmp_path, monkeypatch):
+    """The last sample of the first shard is not encoded before the second shard was asked for."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((16, 16, 3), 50 + i, np.uint8)).save(photos / f"{i}.png")
+    asked, next_shard, waited = [], threading.Event(), []
+
+    class Eager(PlaneTeacher):
+        def answer(self, queries, tasks):
+            asked.append(len(queries))
+            if len(asked) > 2:
+                next_shard.set()
+            return super().answer(queries, tasks)
+
+    def slow(label):
+        if label.image.mean() == 51:
+            waited.append(next_shard.wait(20))
+        return encode_members(label)
+
+    monkeypatch.setattr("teacher.jobs.engines.encode_members", slow)
+    monkeypatch.setitem(globals(), "Eager", Eager)
+    teacher = {"name": "test_jobs:Eager"}
+    run(photos, tmp_path / "set", teacher=teacher, shard_size=2, batch_size=1)
+    assert waited == [True] and LabelSet(tmp_path / "set").verify() == 4
 
 
 def test_a_file_that_changes_or_vanishes_during_the_job_is_named(tmp_path):

@@ -26,10 +26,11 @@ from teacher.jobs.samples import Prepared, answer_split, prepare, to_label
 from teacher.jobs.sources import Source
 from teacher.label import Answer, Label, LabelError, Task, validate
 from teacher.shard_writer import ShardWriter
-from teacher.shards import encode_members, seal_path, shard_name
+from teacher.shards import encode_members, seal_path, shard_name, summarise
 
 T = TypeVar("T")
 R = TypeVar("R")
+Waiting = deque[tuple[Prepared, Future | None]]  # samples on their way to the tar, in order
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -142,6 +143,7 @@ class Worker:
     def __post_init__(self) -> None:
         """Hash the plan once."""
         self.plan_hash = self.plan.hash
+        self.showing = threading.Lock()  # two threads move the progress bar
 
     def run(self, numbers: Sequence[int], *, wait: bool) -> Tally:
         """Label and commit those of the given shards that nobody else does.
@@ -229,12 +231,16 @@ class Worker:
             commits: deque[Future[None]] = deque()
             for number in shards:
                 writer = ShardWriter(self.folder, number, plan_hash=self.plan_hash)
+                waiting: Waiting = deque()
                 try:
-                    teacher_s = self._fill(writer, prepared, encoders, bar)
+                    teacher_s = self._fill(writer, waiting, prepared, encoders, bar)
                 except BaseException:
                     writer.abandon()
                     raise
-                commits.append(committer.submit(self._commit, writer, claims, teacher_s))
+                # the last samples are awaited there, while the teacher has the next shard
+                commits.append(
+                    committer.submit(self._commit, writer, waiting, claims, teacher_s, bar)
+                )
                 while len(commits) > 1:
                     commits.popleft().result()
             for commit in commits:
@@ -244,7 +250,14 @@ class Worker:
         work = lambda: prepare(entry, self.source, max_side=self.max_side)  # noqa: E731
         return patiently(work, what=f"reading {entry.uri}")
 
-    def _commit(self, writer: ShardWriter, claims: Claims, teacher_s: float) -> None:
+    def _commit(
+        self, writer: ShardWriter, waiting: Waiting, claims: Claims, teacher_s: float, bar: tqdm
+    ) -> None:
+        try:
+            self._drain(writer, waiting, bar, keep=0)
+        except BaseException:
+            writer.abandon()
+            raise
         if writer.commit({"host": this_host(), "teacher_s": round(teacher_s, 3)}):
             states = Counter(row["state"] for row in writer.rows)
             self.tally.labelled += states["labelled"]
@@ -255,23 +268,18 @@ class Worker:
         claims.finished(writer.number)
 
     def _fill(
-        self, writer: ShardWriter, prepared: Iterator[Prepared], pool: ThreadPoolExecutor, bar: tqdm
+        self,
+        writer: ShardWriter,
+        waiting: Waiting,
+        prepared: Iterator[Prepared],
+        pool: ThreadPoolExecutor,
+        bar: tqdm,
     ) -> float:
         """One shard: batches to the teacher, finished samples to the tar, in plan order.
 
-        Returns the seconds spent inside the teacher.
+        Leaves the last two batches in ``waiting``; returns the seconds spent inside the teacher.
         """
-        waiting: deque[tuple[Prepared, Future | None]] = deque()
         teacher_s = 0.0
-
-        def drain(keep: int) -> None:
-            while len(waiting) > keep:
-                item, future = waiting.popleft()
-                self._write(writer, item, future)
-                bar.update()
-                share = self.tally.teacher_s / (time.monotonic() - self.started)
-                bar.set_postfix_str(f"teacher {share:.0%}", refresh=False)
-
         for batch in self.plan.batches(writer.number):
             items = [next(prepared) for _ in batch]
             queries = [item.query for item in items if item.query is not None]
@@ -285,9 +293,17 @@ class Worker:
                 if item.query is not None:
                     finished = pool.submit(self._finish, item, *next(answers))
                 waiting.append((item, finished))
-            drain(keep=2 * self.plan.batch_size)
-        drain(keep=0)
+            self._drain(writer, waiting, bar, keep=2 * self.plan.batch_size)
         return teacher_s
+
+    def _drain(self, writer: ShardWriter, waiting: Waiting, bar: tqdm, *, keep: int) -> None:
+        """Write finished samples, all but the last ``keep``."""
+        while len(waiting) > keep:
+            self._write(writer, *waiting.popleft())
+            share = self.tally.teacher_s / (time.monotonic() - self.started)
+            with self.showing:
+                bar.set_postfix_str(f"teacher {share:.0%}", refresh=False)
+                bar.update()
 
     def _ask(self, queries: Sequence[Query]) -> list[tuple[dict[Task, Answer], Answer | None]]:
         """The teacher's answers and the anchor's depth, per query."""
@@ -298,14 +314,14 @@ class Worker:
 
     def _finish(
         self, item: Prepared, answers: dict[Task, Answer], scale: Answer | None
-    ) -> tuple[Label, list]:
+    ) -> tuple[Label, list, dict]:
         """Everything between the answer and the tar, in a worker thread."""
         label = to_label(
             item, answers, self.tasks, anchor=self.anchor, scale=scale, calibration=self.calibration
         )
         if not self.keep_pictures:
             label.pictures.clear()
-        return validate(label), encode_members(label)
+        return validate(label), encode_members(label), summarise(label)
 
     def _write(self, writer: ShardWriter, item: Prepared, finished: Future | None) -> None:
         entry, reason = item.entry, item.reason
@@ -314,10 +330,10 @@ class Worker:
             return
         if finished is not None:
             try:
-                label, members = finished.result()
+                label, members, summary = finished.result()
             except LabelError as error:
                 reason = str(error)
             else:
-                writer.add(label, uri=entry.uri, members=members)
+                writer.add(label, uri=entry.uri, members=members, summary=summary)
                 return
         writer.reject(entry.key, uri=entry.uri, reason=reason)
