@@ -62,6 +62,31 @@ def test_a_cut_tar_is_refused_with_what_was_found(tmp_path):
         TarSource(path)
 
 
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda tar, at: tar[:at], "without the closing zeros"),
+        (lambda tar, at: tar[: at + 100], "without the closing zeros"),
+        (lambda tar, at: tar[:at] + b"?" + tar[at + 1 :], r"damaged header at byte \d+"),
+        (lambda tar, at: tar + tar, "data after its end"),
+    ],
+)
+def test_a_tar_that_only_seems_to_end_is_refused(tmp_path, harm, message):
+    """Python's tarfile would list fewer members and say nothing."""
+    path = tmp_path / "part.tar"
+    with tarfile.open(path, "w") as tar:
+        for i, png in enumerate(PNGS):
+            add(tar, f"{i}.png", png)
+    with tarfile.open(path) as tar:
+        at = tar.getmember("3.png").offset
+    whole = path.read_bytes()
+    path.write_bytes(harm(whole, at))
+    with pytest.raises(UsageError, match=rf"not a whole tar file .*{message}.* found [35] images"):
+        TarSource(path)
+    path.write_bytes(whole.rstrip(b"\0") + bytes(1024 + 512))  # any number of zeros will do
+    assert len(TarSource(path).list()) == 5
+
+
 def test_a_tar_with_very_many_members_is_listed_in_order(tmp_path):
     path = tmp_path / "many.tar"
     with tarfile.open(path, "w") as tar:

@@ -79,6 +79,7 @@ class TarSource:
                         copies[first] += 1
                         name = f"{first}#{copies[first] + 1}"
                     self._where[name] = (info.offset_data, info.size, _why_not(info))
+                check_end(file, tar.offset)
         except (tarfile.TarError, EOFError) as error:
             raise UsageError(
                 f"images={self.file.path}: not a whole tar file ({error}); found "
@@ -113,6 +114,26 @@ class TarSource:
     def stamp(self, uri: str) -> str:
         """Name, size and time of the tar, and the member."""
         return stamp_inside(self.file, uri)
+
+
+def check_end(file: IO[bytes], offset: int) -> None:
+    """`tarfile.ReadError` unless the listing ended where a tar ends: at zeros, and only zeros.
+
+    Python's tarfile takes a damaged header, a cut between two members and the border to a second
+    tar for the end, and says nothing of the members behind it.
+    """
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(
+            f"it ends at byte {offset + len(block)} without the closing zeros, so it may be cut "
+            "off; if it is whole, append 1024 zero bytes"
+        )
+    if any(block):
+        raise tarfile.ReadError(f"a damaged header at byte {offset}")
+    while rest := file.read(1 << 20):
+        if rest.count(0) < len(rest):
+            raise tarfile.ReadError("data after its end, perhaps a second tar; split them")
 
 
 def _why_not(info: tarfile.TarInfo) -> str:
