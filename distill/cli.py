@@ -35,7 +35,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "tune": ("distill.tune.run", "tune", "instruction-tune a generator"),
     "train": ("distill.train", "train", "train a student on label sets"),
     "export": ("export.onnx_graph", "export_student", "student -> ONNX"),
-    "calibrate": ("teacher.calibrate", "calibrate", "on truth, learn when a teacher is right"),
+    "calibrate": (
+        "distill.fit_student",
+        "calibrate",
+        "when a teacher is right; a student's scale",
+    ),
     "verify": ("export.verify", "verify", "judge artefacts against teacher and truth"),
     "bench": ("export.benchmark", "bench", "latency, throughput, memory, size, side by side"),
     "predict": ("export.predict", "predict", "answers on any images, with pictures"),

@@ -1,4 +1,7 @@
-"""A trained student fitted to truth: metres and uncertainties, as constants of its own graph."""
+"""`distill calibrate`: a teacher's confidence, or a trained student's scale and uncertainties.
+
+A student is fitted to truth by constants of its own graph; a teacher's part is `teacher.calibrate`.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,37 @@ from distill.samples import Frame, compact, make_sample
 from distill.scale_fit import Fit, Pair, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student
 from student.model import Student
+from teacher.calibrate import calibrate as calibrate_teacher
 from teacher.errors import UsageError
 from teacher.jobs.licences import merged, of_label_set, of_student
 from teacher.metrics import angles_deg
 from teacher.store import LabelSet
 
 POINTS = 2000  # per image that enter a fit, evenly spread
+
+
+def calibrate(
+    *,
+    teacher: dict[str, Any],
+    labels: str,
+    out: str,
+    tasks: list[str],
+    domain: str | None = None,
+    limit: int | None = None,
+    checkpoint: str | None = None,
+) -> dict[str, Any]:
+    """`fit_student` if there is a ``checkpoint``, else `teacher.calibrate.calibrate`.
+
+    With a ``checkpoint`` neither ``teacher`` nor ``tasks`` is looked at, and ``domain`` is refused:
+    the student carries its tasks, and the plan hash of ``labels`` as its domain.
+    """
+    if checkpoint is None:
+        return calibrate_teacher(
+            teacher=teacher, labels=labels, out=out, tasks=tasks, domain=domain, limit=limit
+        )
+    if domain is not None:
+        raise UsageError(f"domain={domain}: a student takes none; leave it out, or checkpoint=")
+    return fit_student(checkpoint=checkpoint, labels=labels, out=out, limit=limit)
 
 
 def fit_student(

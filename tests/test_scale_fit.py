@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from analytic_scenes import write_analytic_set
 
+from distill.cli import run_verb
 from distill.fit_student import fit_student
 from distill.scale_fit import fit_affine, fit_power, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student
@@ -108,6 +109,11 @@ def test_a_limited_fit_sees_the_whole_set_and_metres_must_be_measured(tmp_path, 
     write_analytic_set(tmp_path / "truth", n=8, height=32, width=48)
     student = Student(backbone="test_efficientnet", height=32, width=64, tasks=["depth"]).eval()
     save_student(student, tmp_path / "a.safetensors", {})
+    words = [f"checkpoint={tmp_path}/a.safetensors", f"labels={tmp_path}/truth", "limit=4"]
+    said = run_verb("calibrate", [*words, f"out={tmp_path}/verb.safetensors"])
+    assert said["images"] == 4 and (tmp_path / "verb.safetensors").exists()
+    with pytest.raises(UsageError, match=r"domain=here: a student takes none"):
+        run_verb("calibrate", [*words, f"out={tmp_path}/d.safetensors", "domain=here"])
     seen: list[str] = []
     monkeypatch.setattr(
         "distill.fit_student.fit_scale",
