@@ -249,6 +249,65 @@ def test_sources_that_hold_no_image(tmp_path, make, message):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_size": "many"}, "shard_size=many: expected a whole number from 1"),
+        ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
+        ({"workers": True}, "workers=True: expected a whole number"),
+        ({"threads": 0}, "threads=0: expected a whole number"),
+        ({"max_side": -5}, "max_side=-5: expected a whole number"),
+        ({"verify": "maybe"}, "verify=maybe: expected true or false"),
+        ({"tasks": "depth"}, r"tasks=depth: expected a list, tasks=\[depth\]"),
+        ({"licence": {"refuse": "custom"}}, r"expected a list, licence.refuse=\[custom\]"),
+        ({"engine": "spark"}, "expected local or ray"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named_before_anything_is_made(tmp_path, change, message):
+    photos = write_photos(tmp_path / "photos", n=1)
+    with pytest.raises(UsageError, match=message):
+        run(photos, tmp_path / "set", **change)
+    assert not (tmp_path / "set").exists()
+
+
+def test_containers_without_an_image_make_no_label_set(tmp_path):
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "texts.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    with pytest.raises(UsageError, match=r"images=.*: there is no image in it"):
+        run(tmp_path / "in", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+class Careless(PlaneTeacher):
+    """Answers in the wrong kind of number."""
+
+    def answer(self, queries, tasks):
+        answers = super().answer(queries, tasks)
+        for one in answers:
+            one[Task.DEPTH].values = one[Task.DEPTH].values.astype(np.float64)
+        return answers
+
+
+def test_a_job_says_why_inputs_were_rejected_and_what_it_left_out(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", n=3)
+    (photos / "more.zip").write_bytes(b"PK")
+    result = run(photos, tmp_path / "set")
+    assert "1 x .md" in (said := capsys.readouterr().err) and "1 x .zip" in said
+    assert "nothing labelled" not in said
+    assert "2 rejected (1 x " in result["summary"] and "no known pixel" in result["summary"]
+    assert sorted(result["reasons"].values()) == [1, 1]
+    again = run(photos, tmp_path / "set")["summary"]
+    assert "in the whole set 3 labelled, 2 rejected, 1 duplicate_of" in again
+    capsys.readouterr()
+    teacher = {"name": "test_jobs:Careless"}
+    result = run(photos, tmp_path / "none", teacher=teacher, shard_size=2)
+    assert (result["exit"], result["rejected"]) == (1, 5)
+    assert "3 x label '#': depth dtype is float64, expected float32" in result["summary"]
+    said = capsys.readouterr().err
+    assert said.count("nothing labelled, label '#': depth dtype") == 1  # at once, and once
+
+
 def write_text(path):
     path.parent.mkdir(exist_ok=True)
     path.write_text("missing.jpg\n")

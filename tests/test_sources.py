@@ -1,6 +1,7 @@
 """Sources beyond folders: tars (hostile ones too), tables, videos, URLs; and the key cache."""
 
 import io
+import struct
 import tarfile
 
 import numpy as np
@@ -170,6 +171,74 @@ def test_a_broken_video_and_a_silly_rate_are_refused(tmp_path):
         VideoSource(tmp_path / "x.mp4", fps=0, scene_change=None)
 
 
+def test_a_video_filmed_on_its_side_gives_upright_frames(tmp_path):
+    import av
+
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as clip:
+        stream = clip.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        pixels = np.full((48, 64, 3), 30, np.uint8)
+        pixels[:, 32:] = 220  # the right half is bright
+        clip.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        clip.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # after version, times, id, duration, layer, volume
+    turn = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # x' = -y, y' = x
+    data[matrix : matrix + 36] = turn  # (1, 0), the right, goes to (0, 1), the bottom
+    path.write_bytes(data)
+    source = VideoSource(path, fps=1.0, scene_change=None)
+    (uri,) = source.list()
+    upright = decode(source.read(uri))
+    assert upright.shape == (64, 48, 3)
+    assert upright[:28].mean() < 60 and upright[36:].mean() > 190
+
+
+def test_damage_inside_a_video_costs_its_frames_and_none_is_forgotten(tmp_path):
+    import av
+
+    path = write_clip(tmp_path / "c.mp4", seconds=5)
+    with av.open(str(path)) as clip:
+        places = [(p.pos, p.size) for p in clip.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    start, size = places[30]
+    data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+    source = VideoSource(path, fps=10.0, scene_change=None)
+    assert len(source.list()) == 50
+    wrong = []
+    for uri in source.list():
+        try:
+            source.read(uri)
+        except ImageError as error:
+            wrong.append((round(float(uri[2:]), 1), str(error)))
+    assert [t for t, _ in wrong][:1] == [3.0] and len(wrong) < 13, wrong
+    assert all("c.mp4: " in text for _, text in wrong)
+
+
+def test_a_video_without_pictures_and_several_broken_files_are_named(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "sound.mp4"), "w") as clip:
+        stream = clip.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        clip.mux(stream.encode(frame))
+        clip.mux(stream.encode())
+    (tmp_path / "cut.tar").write_bytes(b"x" * 100)
+    with pytest.raises(UsageError, match=r"(?s)cut\.tar: not a whole.*sound\.mp4: no picture"):
+        open_source(str(tmp_path))
+    with pytest.raises(UsageError, match=r"scene_change=-1: expected 0 to 1"):
+        VideoSource(tmp_path / "sound.mp4", fps=1.0, scene_change=-1)
+
+
+def test_a_pattern_that_ends_in_two_stars_means_files(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("x.png", "a/y.png", "a/b/z.png"):
+        (tmp_path / name).write_bytes(PNGS[0])
+    assert open_source(f"{tmp_path}/**").list() == ["a/b/z.png", "a/y.png", "x.png"]
+
+
 def test_a_folder_may_mix_everything(tmp_path):
     (tmp_path / "sub").mkdir()
     Image.fromarray(PICTURES[0]).save(tmp_path / "sub" / "a.png")
@@ -196,8 +265,12 @@ def test_any_fsspec_url(tmp_path):
     source = open_source("memory://photos")
     assert source.list() == ["0/p.png", "1/p.png", "2/p.png"]
     assert source.read("1/p.png") == PNGS[1]
-    with pytest.raises(UsageError, match="no image among them"):
+    assert source.left_out == {".txt": 1}
+    with pytest.raises(UsageError, match=r"nothing found; .* does it answer"):
         open_source("memory://nowhere-at-all")
+    memory.pipe("/texts/readme.txt", b"x")
+    with pytest.raises(UsageError, match="1 files, no image among them"):
+        open_source("memory://texts")
     with pytest.raises(UsageError, match="cannot be listed"):
         open_source("nosuchprotocol://x")
 

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import re
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -32,6 +34,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 Waiting = deque[tuple[Prepared, Future | None]]  # samples on their way to the tar, in order
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+def alike(reason: str) -> str:
+    """A reason without its keys and numbers, so that equal mishaps count together."""
+    return re.sub(r"[0-9a-f]{12,}|\b\d+(\.\d+)?\b", "#", reason)[:120]
 
 
 @contextlib.contextmanager
@@ -68,11 +75,14 @@ class Tally:
     bytes: int = 0
     teacher_s: float = 0.0
     wall_s: float = 0.0
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)  # of the rejected inputs
 
     def __add__(self, other: Tally) -> Tally:
         """Counts, bytes and teacher seconds add up; of the wall times the longer counts."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        del mine["reasons"], theirs["reasons"]
         total = {name: mine[name] + theirs[name] for name in mine}
+        total["reasons"] = dict(Counter(self.reasons) + Counter(other.reasons))
         return Tally(**total | {"wall_s": max(self.wall_s, other.wall_s)})
 
 
@@ -144,6 +154,7 @@ class Worker:
         """Hash the plan once."""
         self.plan_hash = self.plan.hash
         self.showing = threading.Lock()  # two threads move the progress bar
+        self.warned = False
 
     def run(self, numbers: Sequence[int], *, wait: bool) -> Tally:
         """Label and commit those of the given shards that nobody else does.
@@ -265,7 +276,17 @@ class Worker:
             self.tally.duplicates += states["duplicate_of"]
             self.tally.shards += 1
             self.tally.bytes += writer.final.stat().st_size
+            why = Counter(alike(r["reason"]) for r in writer.rows if r["state"] == "rejected")
+            self.tally.reasons = dict(Counter(self.tally.reasons) + why)
+            if why and not states["labelled"]:
+                self._say_once(f"{writer.final.stem}: nothing labelled, {why.most_common(1)[0][0]}")
         claims.finished(writer.number)
+
+    def _say_once(self, text: str) -> None:
+        """A whole shard without a label: rather a wrong teacher or folder than bad images."""
+        if not self.warned:
+            tqdm.write(text, file=sys.stderr)
+        self.warned = True
 
     def _fill(
         self,

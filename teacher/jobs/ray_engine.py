@@ -8,6 +8,7 @@ that Ray runs twice finds the shard sealed and does nothing.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,9 +30,9 @@ class ShardActor:
         self.worker = recipe.build(quiet=True)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
-        """Shard numbers -> one tally each; waits for a shard that another actor holds."""
+        """Shard numbers -> one tally each, as JSON; waits for a shard that another actor holds."""
         tallies = [dataclasses.asdict(self.worker.run([int(n)], wait=True)) for n in batch["shard"]]
-        return {name: [t[name] for t in tallies] for name in tallies[0]}
+        return {"tally": [json.dumps(t) for t in tallies]}
 
 
 def start_ray() -> tuple[Any, int]:
@@ -74,7 +75,7 @@ def run_ray(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Tally:
     images = sum(len(recipe.plan.shard(n)) for n in numbers)
     with tqdm(total=images, desc="label on ray", unit="img", mininterval=1) as bar:
         for row in done.iter_rows():
-            tally += Tally(**row)
+            tally += Tally(**json.loads(row["tally"]))
             bar.update(tally.labelled + tally.rejected + tally.duplicates - bar.n)
             busy_s = workers * (time.monotonic() - started)
             bar.set_postfix_str(f"teacher {tally.teacher_s / busy_s:.0%}", refresh=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from teacher.errors import UsageError
@@ -23,6 +24,7 @@ class RemoteFiles:
         except (ValueError, ImportError, OSError) as error:
             raise UsageError(f"images={url}: cannot be listed ({error}).") from error
         self.root = root.rstrip("/")
+        self.left_out: Counter[str] = Counter()
         self.names = [self._name(path) for path in sorted(found)]
 
     def _name(self, path: str) -> str:
@@ -65,6 +67,9 @@ class RemoteFiles:
         return self._mark(self._path(uri))
 
     def _mark(self, path: str) -> str:
-        about = self.files.info(path)
+        try:
+            about = self.files.info(path)
+        except OSError:  # unknown: hashed each time, and what is wrong shows then
+            return ""
         version = about.get("ETag") or about.get("etag") or about.get("mtime") or ""
         return f"{self.files.protocol}|{path}|{about.get('size')}|{version}" if version else ""

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,18 @@ def label(
         verify: hash what earlier runs sealed before going on; damaged shards are labelled again.
     """
     sizes = {"shard_size": shard_size, "batch_size": batch_size, "workers": workers}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UsageError(f"{name}={value}: expected at least 1.")
+    for name, value in (sizes | {"threads": threads, "max_side": max_side}).items():
+        if not _is_whole(value) and not (name == "max_side" and value is None):
+            raise UsageError(f"{name}={value}: expected a whole number from 1.")
+    for name, value in {"keep_pictures": keep_pictures, "verify": verify}.items():
+        if not isinstance(value, bool):
+            raise UsageError(f"{name}={value}: expected true or false.")
+    for name, value in {
+        "tasks": tasks,
+        "licence.refuse": (licence or {}).get("refuse", []),
+    }.items():
+        if not isinstance(value, list):
+            raise UsageError(f"{name}={value}: expected a list, {name}=[{value}].")
     if engine not in ("local", "ray"):
         raise UsageError(f"engine={engine}: expected local or ray.")
     index, count = array_task(shard or {})
@@ -95,6 +105,11 @@ def label(
     )
     check_apart(job.images, out)
     source = job.source()
+    if not source.list():
+        raise UsageError(f"images={job.images}: there is no image in it.")
+    if left_out := getattr(source, "left_out", None):
+        most = ", ".join(f"{n} x {suffix}" for suffix, n in left_out.most_common(5))
+        say(f"left out, no images by their names: {most}")
     models, about = meet(job, engine=engine, workers=workers)
     ledger = licences(job, about, source, licence or {}, out=out)
     plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=facts(job, about))
@@ -104,7 +119,7 @@ def label(
     done = sorted(set(sealed_shards(folder)) & set(mine))
     damaged = set_aside_damaged(folder, done, dataset, threads=threads) if verify else {}
     for problem in damaged.values():
-        say(f"{problem}: labelled again")
+        say(f"{problem.rstrip('.')}: labelled again")
     done_before = len(sealed_shards(folder))
     todo = [n for n in mine if not seal_path(folder, n).exists()]
     recipe = Recipe(job=job, plan=plan, folder=folder)
@@ -126,6 +141,10 @@ def label(
     return result | {"redone": damaged, "exit": 1 if nothing else 0}
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def meet(job: Job, *, engine: str, workers: int) -> tuple[Models | None, About]:
     """What the plan must know of the models, and the models where this process is the worker."""
     if engine == "ray":
@@ -140,7 +159,7 @@ def meet(job: Job, *, engine: str, workers: int) -> tuple[Models | None, About]:
 
 def check_apart(images: str, out: str) -> None:
     """Refuse labels inside the folder of the images: the next run would take them for images."""
-    folder, target = Path(images).expanduser(), Path(out)
+    folder, target = Path(images.removeprefix("file://")).expanduser(), Path(out)
     if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
             f"out={out} lies inside images={images}, where a label set would be taken for images; "
@@ -261,6 +280,7 @@ def report(
         "out": str(folder),
         "labelled": tally.labelled,
         "rejected": tally.rejected,
+        "reasons": tally.reasons,
         "duplicates": tally.duplicates,
         "shards_done_before": done_before,
         "complete": not missing,
@@ -270,10 +290,14 @@ def report(
         "teacher_share": round(tally.teacher_s / (wall_s * workers), 4),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    whole = ", ".join(f"{n} {state}" for state, n in in_set.items() if n)
+    why = Counter(tally.reasons).most_common(3)
     summary = (
-        f"{folder}: {tally.labelled} labelled, {tally.rejected} rejected, "
-        f"{tally.duplicates} duplicates"
+        f"{folder}: {tally.labelled} labelled, {tally.rejected} rejected"
+        + (f" ({'; '.join(f'{n} x {text}' for text, n in why)})" if why else "")
+        + f", {tally.duplicates} duplicates"
         + (f", {done_before} of {shards} shards were already done" if done_before else "")
+        + (f", in the whole set {whole}" if done_before and whole else "")
         + (f", {missing} shards still missing" if missing else "")
         + f"; {tally.wall_s:.1f} s, {images / wall_s:.1f} images/s, "
         f"{facts['teacher_share']:.0%} of it inside the teacher"

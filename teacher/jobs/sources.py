@@ -67,8 +67,12 @@ class FileSource:
     """Image files below a root; names are relative to it, so the root may move between runs."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
-        """``names`` are paths relative to ``root`` (absolute ones stay as they are)."""
+        """``names`` are paths relative to ``root`` (absolute ones stay as they are).
+
+        ``left_out``: suffix -> files beside them that are no inputs, to be told to the user.
+        """
         self.root = root
+        self.left_out: Counter[str] = Counter()
         self._odd = {readable(name): name for name in names if not name.isascii()}
         self.names = sorted(n if n.isascii() else readable(n) for n in names)
 
@@ -131,6 +135,7 @@ class LabelSetSource:
 
     def __init__(self, path: Path) -> None:
         """Opens and verifies the set."""
+        self.left_out: Counter[str] = Counter()
         self.labels = LabelSet(path)
         self.labels.verify()
 
@@ -166,6 +171,7 @@ class Bundle:
     def __init__(self, files: Source, parts: dict[str, Source]) -> None:
         """``files`` for plain images, ``parts`` by relative path."""
         self.files, self.parts = files, parts
+        self.left_out: Counter[str] = getattr(files, "left_out", Counter())
         self.names = sorted(
             [*files.list(), *(f"{p}::{u}" for p, s in parts.items() for u in s.list())]
         )
@@ -209,10 +215,11 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
-def walk(root: Path) -> list[str]:
-    """Usable files below ``root`` by suffix, hidden ones left out; refuses when there are none.
+def walk(root: Path) -> tuple[list[str], Counter[str]]:
+    """Usable files below ``root`` by suffix, and how many others; refuses when there are none.
 
-    Links are followed, but not in circles; a link to nothing is listed, so that reading it fails.
+    Hidden files do not count. Links are followed, but not in circles; a link to nothing is listed,
+    so that reading it fails.
     """
     found, others = [], Counter[str]()
     todo: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (os.path.realpath(root),))]
@@ -243,13 +250,16 @@ def walk(root: Path) -> list[str]:
             f"images={root}: no image in this folder; found {seen}, expected files ending in "
             f"{' '.join(sorted(SUFFIXES))} (subfolders are searched too)."
         )
-    return found
+    return found, others
 
 
-def open_files(root: Path, names: list[str], video: dict[str, Any]) -> Source:
+def open_files(
+    root: Path, names: list[str], video: dict[str, Any], left_out: Counter[str] | None = None
+) -> Source:
     """Plain images as they are; tars, tables and videos opened as the sources they are."""
     files, parts = sorted_out(names, lambda name: local(root / name), video)
     plain = FileSource(root, files)
+    plain.left_out += left_out or Counter()
     return Bundle(plain, parts) if parts else plain
 
 
@@ -257,8 +267,12 @@ def open_remote(url: str, video: dict[str, Any]) -> Source:
     """The same below an fsspec URL."""
     remote = RemoteFiles(url)
     usable = [n for n in remote.names if suffix_of(n) in SUFFIXES]
+    if not remote.names:
+        raise UsageError(f"images={url}: nothing found; is the address right, and does it answer?")
     if not usable:
         raise UsageError(f"images={url}: {len(remote.names)} files, no image among them.")
+    others = (suffix_of(n) or "no suffix" for n in remote.names if suffix_of(n) not in SUFFIXES)
+    remote.left_out.update(others)
     remote.names, parts = sorted_out(usable, remote.file, video)
     return Bundle(remote, parts) if parts else remote
 
@@ -270,8 +284,20 @@ def sorted_out(
     openers: dict[str, Callable[[File], Source]] = {".tar": TarSource}
     openers |= {suffix: TableSource for suffix in TABLE_SUFFIXES}
     openers |= {suffix: lambda one: VideoSource(one, **video) for suffix in VIDEO_SUFFIXES}
-    plain = [n for n in names if suffix_of(n) not in openers]
-    parts = {readable(n): openers[suffix_of(n)](file(n)) for n in names if suffix_of(n) in openers}
+    plain: list[str] = []
+    parts: dict[str, Source] = {}
+    broken: dict[str, None] = {}
+    for name in names:
+        if suffix_of(name) not in openers:
+            plain.append(name)
+            continue
+        try:
+            parts[readable(name)] = openers[suffix_of(name)](file(name))
+        except UsageError as error:
+            broken[str(error)] = None
+    if broken:  # all at once: who mends one would else meet the next
+        more = [f"... and {len(broken) - 20} more"] if len(broken) > 20 else []
+        raise UsageError("\n".join([*sorted(broken)[:20], *more]))
     return plain, parts
 
 
@@ -287,7 +313,8 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
     if path.is_dir():
         if (path / DATASET).exists():
             return LabelSetSource(path)
-        return open_files(path, walk(path), clip)
+        names, left_out = walk(path)
+        return open_files(path, names, clip, left_out)
     if path.is_file() and path.suffix == ".txt":
         return open_files(path.parent, read_list(path), clip)
     if path.is_file():
@@ -295,7 +322,9 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
     if any(c in images for c in "*?["):
         fixed = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
         above, pattern = Path(*path.parts[:fixed]), str(Path(*path.parts[fixed:]))
-        names = [str(p.relative_to(above)) for p in above.glob(pattern) if p.is_file()]
+        if pattern.endswith("**"):  # which Python takes for folders only
+            pattern += "/*"
+        names = sorted({str(p.relative_to(above)) for p in above.glob(pattern) if p.is_file()})
         if not names:
             raise UsageError(f"images={images}: the pattern matches no file.")
         return open_files(above, names, clip)
