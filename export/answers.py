@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,14 @@ def load(folder: Path, name: str, key: str) -> Answers:
     path = folder / name / f"{key}.npz"
     if not path.is_file():
         raise UsageError(f"{path}: no saved answer; run `distill verify` with rerun=true once.")
-    with np.load(path, allow_pickle=False) as file:
-        return {k: file[k] for k in file.files}
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return {k: file[k] for k in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(
+            f"{path}: a saved answer that cannot be read ({error}), cut or changed since; run "
+            "`distill verify` with rerun=true."
+        ) from error
 
 
 def batches(
@@ -91,6 +99,7 @@ def run_artefact(
     target.mkdir(parents=True)
     facts: dict[str, Any] = {"file": name, "sha256": hash_file(path), "batch": batch}
     facts["keys"] = list(keys)
+    facts["io_sha256"] = "" if io is None else hash_file(Path(io))
     try:
         with open_runtime(
             path, provider=provider, threads=threads, rounding=True, io=io
@@ -99,6 +108,8 @@ def run_artefact(
             facts["precision"] = card.precision
             facts["outputs"] = [o for o in card.outputs if logits or o != "semantic_logits"]
             facts["student_sha256"] = card.student_sha256
+            facts["classes"] = {str(k): v for k, v in card.classes.items()}
+            facts["canonical_focal_px"] = card.canonical_focal_px
             facts["size"] = [card.height, card.width]
             _check_size(path, card, folder, keys)
             batch = facts["batch"] = card.batch or min(batch, runtime.largest or batch)

@@ -123,7 +123,7 @@ def card_from_metadata(metadata: Mapping[str, str], *, where: str) -> Card:
         names = {f.name for f in fields(Card)}
         found = {k: v for k, v in table.items() if k in names}
         found["outputs"] = tuple(found["outputs"])
-        found["licences"] = tuple(found["licences"])
+        found["licences"] = tuple(map(str, found["licences"]))
         found["classes"] = {int(k): str(v) for k, v in found["classes"].items()}
         card = Card(**found)
         _check(card)
@@ -140,10 +140,18 @@ def card_from_metadata(metadata: Mapping[str, str], *, where: str) -> Card:
 def _check(card: Card) -> None:
     for name in card.outputs:
         describe_output(name)
-    if not (card.height >= 1 and card.width >= 1 and card.height * card.width <= MAX_PIXELS):
+    for name in ("height", "width", "batch"):
+        size = getattr(card, name)
+        if not (type(size) is int and size >= 1) and (name, size) != ("batch", None):
+            raise ValueError(f"{name} is {size!r}, expected a whole number of at least 1")
+    if card.height * card.width > MAX_PIXELS:
         raise ValueError(f"image size {card.height}x{card.width}")
-    if not (card.focal_px > 0 and card.canonical_focal_px > 0):
-        raise ValueError(f"focal lengths {card.focal_px}, {card.canonical_focal_px}")
+    for name in ("focal_px", "canonical_focal_px"):
+        length = getattr(card, name)
+        if not (isinstance(length, int | float) and 0 < length < math.inf):
+            raise ValueError(f"{name} is {length!r}, expected a positive number of pixels")
+    if not (isinstance(card.precision, str) and isinstance(card.focal_input, bool)):
+        raise ValueError(f"precision {card.precision!r}, focal_input {card.focal_input!r}")
 
 
 def expected_shape(name: str, card: Card, batch: int) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         spent = ", ".join(f"{o['operator']} {o['share']:.0%}" for o in row["operators"][:6])
         if spent:
             parts.append(f"Time of {name} by operator: {spent}.")
+    parts += [f"Note: {note}." for note in result["notes"]]
     for name, why in result["failed"].items():
         parts.append(f"Not measured: {name}: {why}")
     return "\n\n".join(parts) + "\n"

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from export.artefact import ArtefactError, plain
 from export.bench_probe import operators, picture, probe
 from export.bench_report import draw, markdown
+from export.precision import HALF
 from export.runtimes import Runtime, open_runtime
 from teacher.cores import usable_cores
 from teacher.errors import UsageError
@@ -63,6 +64,8 @@ def bench(
         raise UsageError(f"rounds={rounds} batches={list(batches)}: expected at least 1.")
     earlier = _read_earlier(against) if against is not None else None
     folder = Path(out) if out is not None else _folder_of(Path(export)) / "bench"
+    judged = accuracy(_folder_of(Path(export)))
+    _open_folder(folder)  # before an hour of measuring, not behind it
     with ExitStack() as stack:
         runtimes: dict[str, Runtime] = {}
         failed: dict[str, str] = {}
@@ -75,6 +78,7 @@ def bench(
         if not runtimes:
             raise UsageError(f"export={export}: nothing there runs: {failed}")
         size = _one_size(runtimes)
+        refuse_all_too_large(runtimes, batches)
         where = conditions(provider=provider, threads=threads, rounds=rounds, size=size)
         if earlier is not None:
             same_conditions(earlier["conditions"], where, str(against))
@@ -100,11 +104,11 @@ def bench(
         "load": {"start": os.getloadavg()[0]},
         "artefacts": table,
         "failed": failed,
-        "accuracy": accuracy(_folder_of(Path(export))),
+        "notes": notes(runtimes, batches, provider=provider),
+        "accuracy": judged,
     }
     if earlier is not None:
         result["against"] = ratios(earlier, table)
-    _open_folder(folder)
     replace_atomically(folder / REPORT, json.dumps(plain(result), indent=1).encode() + b"\n")
     replace_atomically(folder / "bench.md", markdown(result).encode())
     replace_atomically(folder / "bench.png", draw(result))
@@ -141,6 +145,29 @@ def _one_size(runtimes: Mapping[str, Runtime]) -> tuple[int, int]:
     if len(sizes) > 1:
         raise UsageError(f"artefacts of several image sizes {sorted(sizes)}: bench them apart.")
     return sizes.pop()
+
+
+def refuse_all_too_large(runtimes: Mapping[str, Runtime], batches: Sequence[int]) -> None:
+    """A batch size that no artefact takes would leave a table without a number."""
+    takes = {name: r.largest for name, r in runtimes.items()}
+    for n in batches:
+        if all(most is not None and n > most for most in takes.values()):
+            raise UsageError(f"batches={list(batches)}: none takes {n} images at once: {takes}.")
+
+
+def notes(runtimes: Mapping[str, Runtime], batches: Sequence[int], *, provider: str) -> list[str]:
+    """What the numbers do not say by themselves."""
+    told = []
+    for name, runtime in runtimes.items():
+        large = [n for n in batches if runtime.largest is not None and n > runtime.largest]
+        if large:
+            told.append(f"{name}: batches {large} not measured, it takes {runtime.largest} at most")
+        if name.endswith(".onnx") and provider == "cpu" and runtime.card.precision in HALF:
+            told.append(
+                f"{name}: ONNX Runtime computes {runtime.card.precision} in float32 on a CPU; "
+                "these times say nothing about a device that has it"
+            )
+    return told
 
 
 def _bytes(path: Path) -> int:
@@ -268,6 +295,8 @@ def _read_earlier(path: str) -> dict[str, Any]:
         table = json.loads(Path(path).read_bytes())
         if table["format"] != FORMAT:
             raise ValueError(f"format {table['format']!r}")
+        if strange := {"conditions", "artefacts"} - set(table):
+            raise ValueError(f"without {sorted(strange)}")
         return table
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"against={path}: no bench.json of `distill bench` ({error}).") from error
@@ -296,7 +325,16 @@ def accuracy(folder: Path) -> dict[str, Any]:
     path = folder / "verify" / "report.json"
     if not path.is_file():
         return {}
-    report = json.loads(path.read_bytes())
+    try:
+        report = json.loads(path.read_bytes())
+        return _accuracy(folder, report)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: not a report of `distill verify` ({error!r}); run it again, or move it away."
+        ) from error
+
+
+def _accuracy(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, by_reference in report["scores"].items():
         run = report["runs"].get(name, {})

@@ -79,6 +79,10 @@ class Budgets:
                 f"conf/task/{task}.yaml, or leave the task out with tasks=[...]."
             ) from error
 
+    def scored(self, task: str, precision: str) -> bool:
+        """Whether a model's own score has a budget (``score``), whoever made it."""
+        return bool(self.table.get(task, {}).get(precision, {}).get("score"))
+
     def parity(self, output: str, precision: str) -> Mapping[str, float]:
         """Measure -> limit of one output."""
         task = TASK_OF[output]
@@ -103,7 +107,7 @@ class Budgets:
         """(reference, task, metric, limit) of one part of the budgets; misspelt ones are errors."""
         listed = []
         for task in (t for t in self.tasks if t in LABEL_TASKS):
-            if part == "score" and part not in self.table.get(task, {}).get(run["precision"], {}):
+            if part == "score" and not self.scored(task, run["precision"]):
                 continue
             for metric, limit in self.limits(task, run["precision"], part).items():
                 for reference, report in reports.items():

@@ -239,11 +239,13 @@ def _convert(
         length = np.sqrt(np.square(ours).sum(-1, keepdims=True))
         return np.moveaxis(ours / np.maximum(length, 1e-6), -1, 1)
     values = values[:, 0] if layout == "N1HW" else values[..., 0] if layout == "NHW1" else values
+    finite = np.isfinite(values)  # what is not must stay seen: neither horizon nor nearest depth
     with np.errstate(over="ignore", divide="ignore"):
         if name == "sky":
             return values if options["is"] == "probability" else 1 / (1 + np.exp(-values))
         if options["is"] == "log metres":
             values = np.exp(values)
         elif options["is"] == "1/metres":
-            values = np.where(values > 0, 1 / np.maximum(values, 1 / MAX_DEPTH_M), MAX_DEPTH_M)
-    return np.where(np.isfinite(values), values.clip(MIN_DEPTH_M, MAX_DEPTH_M), values)
+            values = 1 / np.maximum(values, 1 / MAX_DEPTH_M)
+    finite &= np.isfinite(values)
+    return np.where(finite, values.clip(MIN_DEPTH_M, MAX_DEPTH_M), np.float32(np.nan))

@@ -19,6 +19,7 @@ from export.artefact import (
     ArtefactError,
     Card,
     card_from_metadata,
+    describe_output,
     expected_shape,
 )
 from export.foreign import Adapter, read_description
@@ -229,6 +230,24 @@ class OnnxRuntime:
                 f"{self.path}: inputs {inputs} and outputs {list(outputs)}, {who} "
                 f"{wanted} and {list(promised)}. Export the student again, or mend the description."
             )
+        if self.adapter is None:
+            self._check_types(model)
+
+    def _check_types(self, model: Any) -> None:
+        """The contract's element types: who reads buffers by it would read nonsense otherwise."""
+        from onnx import TensorProto
+
+        types = {"image": "uint8", "focal_px": "float32"}
+        types |= {name: describe_output(name).dtype for name in self.card.outputs}
+        kinds = {"uint8": TensorProto.UINT8, "int32": TensorProto.INT32}
+        for item in (*model.graph.input, *model.graph.output):
+            wanted = types.get(item.name)
+            found = item.type.tensor_type.elem_type
+            if wanted is not None and found != kinds.get(wanted, TensorProto.FLOAT):
+                raise ArtefactError(
+                    f"{self.path}: {item.name} is {TensorProto.DataType.Name(found).lower()}, the "
+                    f"contract says {wanted}. Export the student again."
+                )
 
     def __enter__(self) -> Self:
         """Start the session; `EnvironmentFailure` if another provider would run."""

@@ -17,10 +17,13 @@ def judge_all(
     judge: Judge,
     runs: Mapping[str, dict[str, Any]],
     *,
-    expected: Mapping[str, str] | None,
+    promised: Mapping[str, Mapping[str, str]] | None,
     reference: str,
 ) -> dict[str, Any]:
-    """Every artefact against the reference runtime, the labels and the budgets."""
+    """Every artefact against the reference runtime, the labels and the budgets.
+
+    ``promised``: file name -> what `distill export` wrote of it; None: there is no such list.
+    """
     scores: dict[str, Any] = {}
     student = runs.get(reference)
     strata: dict[str, Any] = {}
@@ -29,7 +32,9 @@ def judge_all(
         strata = judge.strata(reference, student["outputs"])
     if told := judge.teacher_scores():
         scores["teacher"] = told
+    expected = None if promised is None else {n: p["sha256"] for n, p in promised.items()}
     findings: list[Finding] = integrity(runs, expected, reference)
+    findings += card_findings(runs, promised or {}, reference)
     table: dict[str, Any] = {}
     for name, run in runs.items():
         if name == reference or "error" in run:
@@ -37,10 +42,12 @@ def judge_all(
         found, table[name], scores[name] = judge_one(judge, run, student, scores, strata, reference)
         findings += found
     judged = [n for n in runs if n != reference]
+    unjudged = left_out(judge, [runs[n] for n in judged], reference)
     return plain(
         {
-            "summary": summary_of(findings, judged, len(judge.keys)),
+            "summary": "; ".join([summary_of(findings, judged, len(judge.keys)), *unjudged]),
             "exit": 1 if findings else 0,
+            "not_judged": unjudged,
             "reference": reference,
             "findings": [dataclasses.asdict(f) | {"text": str(f)} for f in findings],
             "artefacts": table,
@@ -96,6 +103,27 @@ def judge_one(
     return findings, told, own
 
 
+def left_out(judge: Judge, runs: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
+    """What the verdict does not cover, as sentences: nobody may take it for more than it is."""
+    told = []
+    known = {str(t) for ref in judge.references for t in ref.labels.tasks}
+    if bare := [t for t in judge.tasks if t in LABEL_TASKS and t not in known]:
+        how = "parity and consistency" if reference else "consistency"
+        told.append(f"no labels of {', '.join(bare)}: judged by {how} alone")
+    ran = [r for r in runs if "error" not in r]
+    if not reference and ran and not any(judge.budgets.scored(t, r["precision"])
+                                         for r in ran for t in judge.tasks):  # fmt: skip
+        told.append(
+            "accuracy was measured and not judged: give reference=, or a score in conf/task"
+        )
+    told += [
+        f"{ref.name} lacks {len(ref.missing)} of {len(judge.keys)} images"
+        for ref in judge.references
+        if ref.missing
+    ]
+    return told
+
+
 def summary_of(findings: Sequence[Finding], judged: Sequence[str], images: int) -> str:
     """The verdict in one line."""
     if not findings:
@@ -106,6 +134,38 @@ def summary_of(findings: Sequence[Finding], judged: Sequence[str], images: int) 
     more = f" (and {len(findings) - 3} more)" if len(findings) > 3 else ""
     first = "; ".join(str(f) for f in findings[:3])
     return f"REFUSED {len(bad)} of {len(judged)} artefacts on {images} images: {first}{more}"
+
+
+def card_findings(
+    runs: Mapping[str, dict[str, Any]],
+    promised: Mapping[str, Mapping[str, str]],
+    reference: str,
+) -> list[Finding]:
+    """Cards that say something else than the student and `distill export`'s list.
+
+    The precision chooses the budgets, and the classes are the names that users will read.
+    """
+    findings = []
+    for name, run in runs.items():
+        if name == reference or "error" in run or name not in promised:
+            continue
+        pairs = {"precision": (run["precision"], promised[name].get("precision"))}
+        if reference in runs:
+            for fact in ("classes", "canonical_focal_px"):
+                pairs[fact] = run[fact], runs[reference][fact]
+        findings += [
+            Finding(
+                artefact=name,
+                task="every task",
+                measure=f"{fact} of its card",
+                found=str(found),
+                budget=str(wanted),
+                check="integrity",
+            )
+            for fact, (found, wanted) in pairs.items()
+            if wanted is not None and found != wanted
+        ]
+    return findings
 
 
 def integrity(

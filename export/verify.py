@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from export.judge import Judge
 from export.onnx_files import read_model
 from export.onnx_graph import EXPORT_JSON, REFERENCE
 from export.readiness import verdicts
-from export.references import TEACHER, find_references
+from export.references import TEACHER, Reference, find_references
 from export.runtimes import open_runtime
 from export.trt_sidecar import record_acceptance
 from export.verdict import judge_all
@@ -77,6 +78,10 @@ def verify(
     contest = find_contest(source, reference)
     if batch < 1 or (limit is not None and limit < 1):
         raise UsageError(f"batch={batch} limit={limit}: expected at least 1.")
+    if not 0 < min_m < max_m < math.inf:
+        raise UsageError(f"min_m={min_m} max_m={max_m}: expected 0 < min_m < max_m.")
+    if io is not None and not Path(io).is_file():
+        raise UsageError(f"io={io}: found no file, expected a description (export/foreign.py).")
     held_out = LabelSet(labels)
     held_out.verify()
     folder = Path(out) if out is not None else contest.folder / "verify"
@@ -102,7 +107,7 @@ def verify(
                 logits=logits,
                 io=io if path.suffix != ".safetensors" else None,
             )
-    runs = {n: read_run(answers / n, path, keys) for n, path in contest.paths.items()}
+    runs = {n: read_run(answers / n, path, keys, io) for n, path in contest.paths.items()}
     if contest.reference and "error" in (student := runs[contest.reference]):
         raise UsageError(f"the student itself does not run: {student['error']}")
     ran = [r for r in runs.values() if "outputs" in r]
@@ -115,9 +120,11 @@ def verify(
         min_m=min_m,
         max_m=max_m,
     )
+    for run in ran[: 1 if contest.reference else None]:  # the reference comes first
+        check_classes(run, judge.references)
     alone = source.suffix == ".safetensors"  # a student before any export: nothing is promised
-    expected = None if io is not None or alone else promised_hashes(contest.folder)
-    result = judge_all(judge, runs, expected=expected, reference=contest.reference)
+    promised = None if io is not None or alone else promises(contest.folder)
+    result = judge_all(judge, runs, promised=promised, reference=contest.reference)
     result["export"], result["labels"] = str(source), str(labels)
     result["missing"] = {r.name: len(r.missing) for r in judge.references if r.missing}
     result["report"] = str(folder / "report.html")
@@ -173,6 +180,11 @@ def find_contest(source: Path, reference: str | None) -> Contest:
     artefacts = sorted([*source.glob("*.onnx"), *source.glob("*.engine")])
     if not artefacts:
         raise UsageError(f"export={source}: found no .onnx file; run `distill export` first.")
+    if strange := [p.name for p in artefacts if not p.is_file()]:
+        raise UsageError(
+            f"export={source}: {', '.join(strange)}: found a folder or a link to nothing, expected "
+            "a model's file. Move it away."
+        )
     paths = {REFERENCE: source / REFERENCE} | {p.name: p for p in artefacts}
     return Contest(folder=source, paths=paths, reference=REFERENCE)
 
@@ -215,17 +227,28 @@ def choose_tasks(tasks: Sequence[str] | None, outputs: Sequence[str]) -> list[st
     strange = sorted(set(tasks or ()) - set(own))
     if strange or not own:
         raise UsageError(f"tasks={list(tasks or ())}: the student answers {own}, not {strange}.")
+    if tasks is not None and not tasks:
+        raise UsageError(f"tasks=[]: nothing would be judged; expected some of {own}, or null.")
     return own if tasks is None else [t for t in own if t in tasks]
 
 
-def read_run(folder: Path, artefact: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What ran; refuses answers of another file or of other images."""
+def read_run(folder: Path, artefact: Path, keys: Sequence[str], io: str | None) -> dict[str, Any]:
+    """What ran; refuses answers of another file, of other images, or by another description."""
     path = folder / RUN
     if not path.is_file():
         raise UsageError(f"{path}: no saved answers; run with rerun=true once.")
-    run = json.loads(path.read_bytes())
-    if "error" not in run and "broken" not in run:
+    try:
+        run: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot be read ({error}); run with rerun=true.") from error
+    if "error" not in run and "classes" not in run:
         raise UsageError(f"{path}: answers of an earlier version; run with rerun=true.")
+    described = io is not None and artefact.suffix != ".safetensors"
+    if run.get("io_sha256", "") != (hash_file(Path(str(io))) if described else ""):
+        raise UsageError(
+            f"{folder}: these answers were read by another description than io={io}; run with "
+            "rerun=true."
+        )
     if run["sha256"] != hash_file(artefact) or run["keys"] != list(keys):
         raise UsageError(
             f"{folder}: these answers are of another {artefact.name} or of other images; run with "
@@ -234,15 +257,33 @@ def read_run(folder: Path, artefact: Path, keys: Sequence[str]) -> dict[str, Any
     return run
 
 
-def promised_hashes(source: Path) -> dict[str, str]:
-    """File name -> sha256 as `distill export` recorded them; nothing is promised without it."""
+def check_classes(run: Mapping[str, Any], references: Sequence[Reference]) -> None:
+    """Refuse labels that call a class id by another name: every score would compare nonsense."""
+    if "semantic" not in run["outputs"]:
+        return
+    for ref in references:
+        theirs = {str(k): v for k, v in ref.classes.items()}
+        for number in theirs.keys() & run["classes"].keys():
+            if theirs[number] != run["classes"][number]:
+                raise UsageError(
+                    f"{ref.name}={ref.labels.path}: class {number} is {theirs[number]!r} there and "
+                    f"{run['classes'][number]!r} in {run['file']}; expected one table of classes."
+                )
+
+
+def promises(source: Path) -> dict[str, dict[str, str]]:
+    """File name -> sha256 and precision as `distill export` recorded them; none without it."""
     path = source / EXPORT_JSON
     if not path.is_file():
         return {}
     try:
         told = json.loads(path.read_bytes())
-        listed = {name: facts["sha256"] for name, facts in told["artefacts"].items()}
-        return listed | {REFERENCE: told["reference"]["sha256"]}
+        rows = told["artefacts"] | {REFERENCE: told["reference"]}
+        return {
+            name: {"sha256": facts["sha256"]}
+            | ({"precision": facts["precision"]} if "precision" in facts else {})
+            for name, facts in rows.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not what `distill export` writes ({error}).") from error
 

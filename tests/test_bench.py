@@ -116,6 +116,30 @@ def test_accuracy_is_taken_from_the_verdict_on_this_very_file(measured, tmp_path
     assert accuracy(tmp_path) == {}
 
 
+def test_what_the_numbers_do_not_say_is_written_beside_them(tmp_path, monkeypatch):
+    hand_made(tmp_path / "fixed.onnx", batch=2)
+    hand_made(tmp_path / "half.onnx", precision="fp16")
+    given = {"export": str(tmp_path), "threads": 1, "rounds": 1}
+    bench(**given, batches=[4])
+    text = (tmp_path / "bench" / "bench.md").read_text()
+    assert "fixed.onnx: batches [4] not measured, it takes 2 at most" in text
+    assert "half.onnx: ONNX Runtime computes fp16 in float32 on a CPU" in text
+    monkeypatch.setattr("export.benchmark.measure", None)  # all of these come before measuring
+    with pytest.raises(UsageError, match=r"batches=\[4\]: none takes 4 images at once"):
+        bench(**given | {"export": str(tmp_path / "fixed.onnx")}, batches=[4])
+    (tmp_path / "bench" / "thesis.doc").write_text("x")
+    with pytest.raises(UsageError, match=r"found thesis\.doc"):
+        bench(**given, batches=[1])
+    (tmp_path / "verify").mkdir()
+    for broken in ("{", "{}", "[]"):
+        (tmp_path / "verify" / "report.json").write_text(broken)
+        with pytest.raises(UsageError, match=r"report\.json: not a report of `distill verify`"):
+            bench(**given, batches=[1], out=str(tmp_path / "other"))
+    (tmp_path / "b.json").write_text('{"format": "dense-distill/bench"}')
+    with pytest.raises(UsageError, match=r"no bench\.json of .*without \['artefacts', 'condit"):
+        bench(**given, batches=[1], against=str(tmp_path / "b.json"))
+
+
 def test_race_and_probe(measured):
     folder, _ = measured
     paths = {"a": folder / "a.onnx", "b": folder / "a.onnx"}

@@ -192,6 +192,74 @@ def test_planted_faults_are_refused_by_task_and_measure(work, tmp_path, fault):
     assert "Missed budgets" in page and "MISSED" in page
 
 
+def wide_classes(model):
+    """int64 where the contract says int32: a consumer's buffers would be read as nonsense."""
+    after(model, "semantic", "Cast")
+    model.graph.node[-1].attribute.append(helper.make_attribute("to", onnx.TensorProto.INT64))
+    out = next(o for o in model.graph.output if o.name == "semantic")
+    out.type.tensor_type.elem_type = onnx.TensorProto.INT64
+
+
+def told(key, value):
+    """A card that says something else than the student it was made from."""
+
+    def change(model):
+        table = {p.key: p.value for p in model.metadata_props}
+        assert f"dense_distill.{key}" in table
+        helper.set_model_props(model, table | {f"dense_distill.{key}": json.dumps(value)})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (wide_classes, "semantic is int64, the contract says int32"),
+        (
+            told("classes", {"1": "wall", "3": "floor", "7": "thing"}),
+            "classes of its card is {'1': 'wall'",
+        ),
+        (told("precision", "int8-cpu"), "precision of its card is int8-cpu, budget fp32"),
+        (told("canonical_focal_px", 1.0), "canonical_focal_px of its card is 1.0, budget"),
+        (told("batch", "x"), "batch is 'x', expected a whole number of at least 1"),
+        (told("height", "64"), "height is '64', expected a whole number of at least 1"),
+        (told("focal_px", "x"), "focal_px is 'x', expected a positive number of pixels"),
+    ],
+    ids=["types", "classes", "precision", "focal", "batch", "height", "focal text"],
+)
+def test_a_graph_or_card_against_its_contract_is_refused(work, tmp_path, change, text):
+    copy = tmp_path / "export"
+    shutil.copytree(work / "export", copy, ignore=shutil.ignore_patterns("verify"))
+    model = onnx.load(copy / "student.onnx")
+    change(model)
+    store(model, copy)
+    result = verify(export=str(copy), labels=str(work / "truth"), limit=1)
+    assert result["exit"] == 1
+    assert text in "\n".join(f["text"] for f in result["findings"]), result["summary"]
+
+
+def test_labels_that_name_a_class_otherwise_are_refused(work, passed, tmp_path, monkeypatch):
+    import export_cases
+
+    monkeypatch.setattr(export_cases, "CLASSES", {1: "wall", 3: "floor", 7: "thing"})
+    make_labels(tmp_path / "other", n=3, tasks=TASKS)
+    with pytest.raises(UsageError, match=r"class [13] is '(wall|floor)' there and '(wall|floor)'"):
+        verify(export=str(work / "export"), labels=str(tmp_path / "other"), limit=1)
+
+
+def test_the_verdict_says_what_it_does_not_cover(work, tmp_path):
+    make_labels(tmp_path / "depth", n=2, tasks=("depth",))
+    out = str(tmp_path / "out")
+    result = verify(export=str(work / "export"), labels=str(tmp_path / "depth"), out=out)
+    assert result["exit"] == 0
+    assert "no labels of normals, semantic: judged by parity and consistency" in result["summary"]
+    assert "no labels of normals, semantic" in (tmp_path / "out" / "report.html").read_text()
+    truth = make_labels(tmp_path / "one", n=1)
+    given = {"labels": str(work / "labels"), "truth": str(truth.path), "out": out}
+    few = verify(export=str(work / "export"), **given)
+    assert "truth lacks 2 of 3 images" in few["summary"]
+
+
 def test_task_metrics_alone_also_catch_it(work, tmp_path):
     """With parity budgets out of the way, a teacher-agreeing student that got worse is refused."""
     copy = tmp_path / "export"
@@ -284,6 +352,30 @@ def test_one_artefact_of_an_export_is_judged_alone_or_held_to_another(work, tmp_
     (tmp_path / "two" / "export.json").write_text(json.dumps(promise))
     stale = verify(export=str(file), labels=truth, out=out)
     assert [f["measure"] for f in stale["findings"]] == ["sha256 of its student"]
+
+
+def test_nothing_is_judged_by_accident_and_damaged_answers_are_said_to_be(work, tmp_path):
+    given = {"export": str(work / "export"), "labels": str(work / "truth"), "limit": 1}
+    given["out"] = str(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"min_m=50 max_m=40.0: expected 0 < min_m < max_m"):
+        verify(**given, min_m=50)
+    assert not (tmp_path / "out").exists()  # said before anything runs
+    verify(**given)
+    with pytest.raises(UsageError, match=r"tasks=\[\]: nothing would be judged"):
+        verify(**given, tasks=[], rerun=False)
+    answers = tmp_path / "out" / "answers" / "student.onnx"
+    saved = answers / "scene00.npz"
+    saved.write_bytes(saved.read_bytes()[:200])
+    with pytest.raises(UsageError, match=r"scene00\.npz: a saved answer that cannot be read"):
+        verify(**given, rerun=False)
+    (answers / "run.json").write_text("{")
+    with pytest.raises(UsageError, match=r"run\.json: cannot be read"):
+        verify(**given, rerun=False)
+    shutil.copytree(work / "export", tmp_path / "e", ignore=shutil.ignore_patterns("verify"))
+    (tmp_path / "e" / "b.onnx").mkdir()
+    (tmp_path / "e" / "c.onnx").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"b\.onnx, c\.onnx: found a folder or a link to nothing"):
+        verify(export=str(tmp_path / "e"), labels=str(work / "truth"))
 
 
 def rename(label):

@@ -94,6 +94,14 @@ def test_outputs_become_the_contracts(tmp_path, name, options, found, expected):
     assert answers[name].dtype == (np.int32 if name == "semantic" else np.float32)
 
 
+@pytest.mark.parametrize("unit", ["metres", "log metres", "1/metres"])
+def test_depth_that_is_not_finite_never_becomes_a_distance(tmp_path, unit):
+    outputs = {"depth": {"name": "o", "layout": "NHW", "is": unit}}
+    adapter = Adapter(read_description(describe(tmp_path / "io.yaml", outputs=outputs)))
+    found = adapter.answers([np.array([[[np.nan, np.inf, -np.inf, 1.0]]], np.float32)])["depth"]
+    assert np.isnan(found[0, 0, :3]).all() and np.isfinite(found[0, 0, 3])
+
+
 def test_as_many_logits_as_classes(tmp_path):
     outputs = {"semantic": {"name": "o", "layout": "NCHW", "is": "logits"}}
     path = describe(tmp_path / "io.yaml", outputs=outputs, classes={1: "floor", 3: "wall"})
@@ -171,9 +179,21 @@ def test_a_foreign_model_is_judged_without_any_reference(tmp_path, labels):
     foreign_model(tmp_path / "m.onnx")
     result = judge(tmp_path, labels)
     assert result["exit"] == 0 and "m.onnx" in result["summary"]
+    assert "accuracy was measured and not judged: give reference=" in result["summary"]
     assert 0 <= result["scores"]["m.onnx"]["truth"]["mean"]["depth"]["delta1"] <= 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert "m.onnx" in page and "data:image/" in page
+
+
+def test_answers_read_by_another_description_are_not_judged_again(tmp_path, labels):
+    foreign_model(tmp_path / "m.onnx")
+    judge(tmp_path, labels)
+    assert judge(tmp_path, labels, rerun=False)["exit"] == 0
+    outputs = {"depth": {"name": "d", "layout": "N1HW", "is": "1/metres"}}
+    other = str(describe(tmp_path / "other.yaml", outputs=outputs))
+    model, out = str(tmp_path / "m.onnx"), str(tmp_path / "out")
+    with pytest.raises(UsageError, match="were read by another description than io="):
+        verify(export=model, labels=str(labels.path), io=other, out=out, rerun=False)
 
 
 def test_a_foreign_model_must_agree_with_itself(tmp_path, labels):
@@ -198,6 +218,7 @@ def test_a_foreign_model_may_be_held_to_another_one_and_to_a_score(tmp_path, lab
     assert "depth.delta1 against the truth is" in result["summary"]
     assert "budget at least 0.999" in result["summary"]
     assert {f["check"] for f in result["findings"]} == {"score"}
+    assert "not judged" not in result["summary"]
 
 
 def test_a_reference_belongs_to_a_single_model(tmp_path, labels):
