@@ -77,7 +77,7 @@ def query_of(label: Label) -> Query:
 
 def test_true_pictures_decode_to_the_truth(weights, monkeypatch):
     teacher = MiniTeacher(weights=weights)
-    label = room(5, height=H, width=W)
+    label = room(28, height=H, width=W)  # four things, no two nearer in colour than 75
     monkeypatch.setattr(teacher.generator, "pictures", Painter(teacher, label))
     answers = teacher.answer([query_of(label)], ALL)[0]
     assert list(answers) == ALL

@@ -26,7 +26,8 @@ from teacher.label import Answer, Camera, Space, Task
 TASKS = (Task.DEPTH, Task.NORMALS, Task.SEMANTIC, Task.INSTANCES)
 NORMALS_MAX_RESIDUAL = 64.0  # nearer to no direction (black, 93; grey, 127) than this is unknown
 CLASS_MAX_DISTANCE = 64.0
-COLOUR_NOISE = 6.0  # scatter of the generator's flat colours per channel, 0..255
+COLOUR_NOISE = 12.0  # scatter of an instance per channel, 0..255: colours drift over large ones
+MIN_INSTANCE = 1e-3  # share of the picture; both by PQ on scenes set aside (docs/results.md)
 THING_SHARE = 0.002  # a class is looked for as instances if it covers this share of the picture
 ROWS = 32  # pictures per call of the network
 
@@ -66,7 +67,9 @@ class MiniTeacher:
             list(self.classes.values()), max_distance=CLASS_MAX_DISTANCE
         )
         self.depth_codec, self.normal_codec = DepthCodec(), NormalCodec(axes="ours")
-        self.instance_codec = InstanceCodec.for_noise(COLOUR_NOISE, background="black")
+        self.instance_codec = InstanceCodec.for_noise(
+            COLOUR_NOISE, background="black", min_area=MIN_INSTANCE
+        )
 
     def prompt(self, task: Task, *, name: str = "") -> str:
         """The sentence asked for ``task``; instances need the class ``name``."""
@@ -94,6 +97,7 @@ class MiniTeacher:
                 "depth": self.depth_codec.to_json(),
                 "normals": self.normal_codec.to_json(),
                 "semantic": self.palette.to_json(),
+                "instances": dataclasses.asdict(self.instance_codec),
             },
             "classes": {str(k): v for k, v in self.classes.items()},
         }
