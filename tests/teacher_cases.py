@@ -51,6 +51,17 @@ def registration_error(values: np.ndarray, axis: int, worked_px: int) -> tuple[f
     return float(np.abs(error).max()), float(abs(error.mean()))
 
 
+def mirrored_spread_deg(image: np.ndarray) -> np.ndarray:
+    """What a mirrored asking must add where the network echoes the picture as normals.
+
+    It says (x, y, z) of either image; turned back, the second member is (-x, y, z), 2 asin|x| away
+    from the first; the spread is the mean angle of the two to one of them.
+    """
+    n = image.astype(np.float64) / 127.5 - 1
+    x = n[..., 0] / np.linalg.norm(n, axis=-1)
+    return np.degrees(np.arcsin(np.abs(x)))
+
+
 class EchoVae(torch.nn.Module):
     """Latents that hold the very pixels: 8 x 8 blocks folded into channels."""
 

@@ -17,6 +17,7 @@ from teacher.align import (
     truncated_l1,
     weights_of,
 )
+from teacher.anchors import Anchor
 from teacher.label import Answer, LabelError, Space, Task
 
 RGBD = Path(__file__).parents[2] / "shared" / "rgbd"
@@ -216,6 +217,70 @@ def test_a_trusted_anchor_point_weighs_more():
     assert found.a == pytest.approx(2, rel=1e-3)
     # sigma of z is sqrt(2) b z, its inverse square the weight
     assert weights[5, 5] == pytest.approx(1 / (2 * 0.01**2 * z[5, 5] ** 2))
+    # sigma of 1/z is sqrt(2) b / z; of ln z sqrt(2) b; of sqrt z half of sqrt(2) b sqrt z
+    for space, sigma in (
+        (Space.AFFINE_DISPARITY, np.sqrt(2) * 0.01 / z[5, 5]),
+        (Space.AFFINE_LOG_DEPTH, np.sqrt(2) * 0.01),
+        (Space.AFFINE_SQRT_DEPTH, np.sqrt(2) * 0.01 * np.sqrt(z[5, 5]) / 2),
+    ):
+        assert weights_of(z, b, space=space)[5, 5] == pytest.approx(1 / sigma**2)
+
+
+def test_weights_have_no_unit_and_ten_points_are_enough():
+    rng = np.random.default_rng(9)
+    y, weights = rng.uniform(1, 3, (8, 8)), rng.uniform(0.5, 2, (8, 8))
+    z = 2 * y + rng.normal(0, 0.05, y.shape)
+    one, thousand = (fit(y, z, space=Space.AFFINE_DEPTH, weights=k * weights) for k in (1, 1000))
+    assert thousand.covariance == pytest.approx(one.covariance, rel=1e-9)
+    for n in (9, 10):
+        few = np.where(np.arange(64).reshape(8, 8) < n, z, np.nan)
+        if n == 9:
+            with pytest.raises(AlignmentError, match="has 9 usable points"):
+                fit(y, few, space=Space.AFFINE_DEPTH)
+        else:
+            assert fit(y, few, space=Space.AFFINE_DEPTH).points == 10
+
+
+def test_spread_is_that_of_the_inliers():
+    depth_m = scene(4)
+    anchor_m = np.where(np.random.default_rng(4).random(depth_m.shape) < 0.3, 50.0, depth_m)
+    found = fit(depth_m / 2, anchor_m, space=Space.AFFINE_DEPTH)
+    assert found.a == pytest.approx(2) and found.spread < 1e-9 and found.inliers < 0.8
+
+
+def test_where_most_of_the_anchor_becomes_no_depth_the_residual_is_infinite():
+    """A few trusted points on a steep line: it is below zero at two thirds of the others."""
+    y = np.r_[np.linspace(3, 4, 10), np.linspace(0, 2, 20)][None]
+    z = np.r_[5 * y[0, :10] - 14, np.linspace(0.1, 0.2, 20)][None]
+    weights = np.r_[np.full(10, 1e9), np.full(20, 1e-9)][None]
+    found = fit(y, z, space=Space.AFFINE_DEPTH, weights=weights, method="least-squares")
+    assert found.a == pytest.approx(5, rel=1e-6) and found.residual == np.inf
+
+
+def test_an_anchor_hands_its_method_limit_and_doubt_to_the_fit():
+    rows, columns = np.mgrid[:10, :10]
+    y = 1 + 0.2 * columns + 0.01 * rows
+    z, doubt = 2 * y, np.full(y.shape, 0.01)
+    z[:3] *= 1.2
+    doubt[:3] = 1.0  # said to be bad
+
+    def metric(z, doubt=None, *, y=y, space=Space.AFFINE_DEPTH, **settings):
+        scale = Answer(task=Task.DEPTH, space=Space.METRIC, values=z, uncertainty=doubt)
+        return Anchor(name="x", teacher=object(), **settings).metric(affine(y, space), scale)
+
+    _, told = metric(z, doubt, method="least-squares")
+    assert told["a"] == pytest.approx(2, rel=1e-3) and told["method"] == "least-squares"
+    assert metric(z, method="least-squares")[1]["a"] > 2.02  # all points alike
+    sign = np.where((rows + columns) % 2, 1, -1)
+    for off, limit, kept in ((0.15, 0.2, True), (0.15, 0.1, False), (0.05, 0.1, True)):
+        settings = {"method": "least-squares", "max_residual": limit}
+        bent = np.exp(y + off * sign)  # median |ln| is off, by construction
+        if kept:
+            told = metric(bent, space=Space.AFFINE_LOG_DEPTH, **settings)[1]
+            assert told["residual"] == pytest.approx(off, rel=0.05)
+        else:
+            with pytest.raises(AlignmentError, match=r"residual 0\.1.* is above align\.max_resid"):
+                metric(bent, space=Space.AFFINE_LOG_DEPTH, **settings)
 
 
 def test_an_anchor_that_is_wrong_and_sure_of_it_does_not_rule_the_fit():

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from teacher_cases import SIZES, EchoVae, options, query, ramp, registration_error
+from teacher_cases import (
+    SIZES,
+    EchoVae,
+    mirrored_spread_deg,
+    options,
+    query,
+    ramp,
+    registration_error,
+)
 from tiny_checkpoints import write_lotus, write_marigold
 
 from teacher.errors import UsageError
@@ -136,6 +144,14 @@ def test_pixels_stay_where_they_are(folder, name):
         worked = (height, width)[axis] * 768 // max(height, width)
         worst, mean = registration_error(values, axis, worked)
         assert worst <= 0.5 and mean <= 0.05, (axis, worst, mean)
+
+
+def test_mirrored_normals_come_back_with_x_turned(folder):
+    asked = teacher(folder, normals="lotus-normal-d-v1-1", mirror=True)
+    asked.models[N].vae, asked.models[N].unet = EchoVae(), EchoUnet()
+    one = query("a", 48, 64)
+    found = asked.answer([one], [N])[0][N]
+    np.testing.assert_allclose(found.uncertainty, mirrored_spread_deg(one.image), atol=0.05)
 
 
 def test_wrong_checkpoints_are_explained(folder, tmp_path):

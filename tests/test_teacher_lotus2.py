@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from teacher_cases import SIZES, EchoVae, options, query, ramp, registration_error
+from teacher_cases import (
+    SIZES,
+    EchoVae,
+    mirrored_spread_deg,
+    options,
+    query,
+    ramp,
+    registration_error,
+)
 from tiny_checkpoints import LOTUS2_LAYERS, write_flux, write_lotus2_adapters
 
 from teacher.errors import UsageError
 from teacher.generators import load_teacher
-from teacher.generators.lotus2 import pack, places, unpack
+from teacher.generators.lotus2 import at_working_size, pack, places, unpack
 from teacher.label import Space, Task
 
 torch.set_num_threads(1)
@@ -161,6 +169,32 @@ def test_pixels_stay_where_they_are(both, name, monkeypatch):
         worked = n if longest < 16 else max(min(n, n * 1024 // longest) - 31, 1)
         worst, mean = registration_error(values, axis, worked)
         assert worst <= 0.5 and mean <= 0.05, (axis, worst, mean)
+
+
+def test_mirrored_normals_come_back_with_x_turned(both, monkeypatch):
+    monkeypatch.setattr(both, "vae", EchoVae())
+    monkeypatch.setattr(both, "continuity", {N: torch.nn.Identity()})
+    monkeypatch.setattr(both, "_flow", lambda x, *a: x)
+    monkeypatch.setattr(both, "_sharpen", lambda x, *a: x)
+    monkeypatch.setattr(both, "mirror", True)
+    one = query("a", 32, 48)
+    found = both.answer([one], [N])[0][N]
+    np.testing.assert_allclose(found.uncertainty, mirrored_spread_deg(one.image), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "size, side_px, worked",
+    [
+        ((75, 101), 0, (64, 80)),  # both by 64/75, 64 x 86.2, then down to a multiple of 16
+        ((1000, 2000), 1024, (512, 1024)),
+        ((1000, 1990), 1024, (512, 1008)),  # 514 x 1024, by 512/514: 512 x 1020.02
+        ((512, 1024), 1024, (512, 1024)),
+        ((40, 400), 100, (16, 160)),  # 10 x 100, enlarged until the shorter side has 16
+        ((7, 5), 0, (16, 16)),
+    ],
+)
+def test_working_size_by_hand(size, side_px, worked):
+    assert tuple(at_working_size(torch.zeros(1, 3, *size), side_px).shape[-2:]) == worked
 
 
 def test_bad_files_are_explained(folder, tmp_path):

@@ -139,6 +139,42 @@ def test_noise_is_the_same_on_every_machine():
     assert all(np.abs(o.numpy() - big.flatten()[:9]).max() > 0.1 for o in others)
 
 
+def test_every_member_has_noise_of_its_own_in_the_order_told(folder, monkeypatch):
+    """Image by image, plain before mirrored, seed by seed; no two see the same numbers."""
+    from teacher.generators import diffusion
+
+    drawn = {"keyed_noise": [], "keyed_generator": []}
+    for name, calls in drawn.items():
+        real = getattr(diffusion, name)
+
+        def spy(key, task, seed, *shape, mirrored=False, real=real, calls=calls):
+            calls.append((key, mirrored, seed))
+            return real(key, task, seed, *shape, mirrored=mirrored)
+
+        monkeypatch.setattr(diffusion, name, spy)
+    model = teacher(depth=str(folder / "depth"), pass_size=3).models[D]
+    queries = [query(key, 40, 56, seed=i) for i, key in enumerate("ab")]
+    members = model.members(queries, seeds=[0, 5], mirror=True)
+    expected = [(k, m, s) for k in "ab" for m in (False, True) for s in (0, 5)]
+    assert drawn == {"keyed_noise": expected, "keyed_generator": expected}
+    for e, seed in enumerate((0, 5)):
+        alone = model.members(queries[1:], seeds=[seed], mirror=False)
+        torch.testing.assert_close(members[1, e], alone[0, 0], atol=2e-5, rtol=0)
+    of = [("key", D, 0), ("kez", D, 0), ("key", N, 0), ("key", D, 1)]
+    streams = [diffusion.keyed_generator(*one).initial_seed() for one in of]
+    streams.append(diffusion.keyed_generator("key", D, 0, mirrored=True).initial_seed())
+    assert len(set(streams)) == 5
+
+
+def test_what_is_not_finite_is_unknown_and_never_sky():
+    from teacher.generators.runtime import depth_answer
+
+    values = np.array([[1.0, np.inf, -np.inf, np.nan]])
+    found = depth_answer(values, space=Space.AFFINE_DEPTH, spread=np.ones((1, 4)))
+    assert np.isnan(found.values[0, 1:]).all() and np.isnan(found.uncertainty[0, 1:]).all()
+    assert found.values[0, 0] == found.uncertainty[0, 0] == 1
+
+
 def test_e2e_starts_from_zeros_and_turns_its_normals(folder):
     depth, normals = (str(folder / f"marigold-e2e-ft-{t}") for t in ("depth", "normals"))
     asked = teacher(depth=depth, normals=normals, resample="bilinear")
@@ -205,6 +241,9 @@ def test_consensus_undoes_each_members_scale_and_shift():
         assert fit[0] > 0
         np.testing.assert_allclose(np.polyval(fit, truth), value, atol=2e-3)
         assert spread.max() < 2e-3
+        if how == "consensus":  # neither moved nor shrunk: the middle of the members' medians
+            middle = members.flatten(1).median(1).values.mean()
+            assert value.median() == pytest.approx(float(middle), abs=1e-3)
     members[1, 3, 4] += 0.3
     value, spread = combine_depth(members, how="consensus")
     assert spread[3, 4] > 20 * spread.flatten().median()
@@ -295,6 +334,8 @@ def test_layerwise_offload_and_tiling_keep_the_answer(folder):
 
 def test_bfloat16_keeps_more_than_256_levels(folder):
     half = teacher(depth=str(folder / "depth"), dtype="bfloat16")
+    latent = half.models[D].latent  # a bfloat16 decoder has 256 levels in [0.5, 1]
+    assert (latent.unet.dtype, latent.vae.dtype) == (torch.bfloat16, torch.float32)
     values = half.answer([query("a", 60, 64)], [D])[0][D].values
     assert len(np.unique(values)) > 1000
     full = teacher(depth=str(folder / "depth")).answer([query("a", 60, 64)], [D])[0][D].values

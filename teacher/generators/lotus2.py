@@ -252,7 +252,10 @@ def schedule_shift(tokens: int, config: Any) -> float:
 
 
 def at_working_size(images: Tensor, side_px: int) -> Tensor:
-    """At most ``side_px`` long, both sides scaled down to multiples of 16, at least 16."""
+    """At most ``side_px`` long, both sides scaled down to multiples of 16, at least 16.
+
+    The published sizes; unlike there, what is made smaller is filtered first (no aliases).
+    """
     height, width = images.shape[-2:]
     longest = max(height, width)
     if side_px and longest > side_px:
