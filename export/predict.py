@@ -157,14 +157,7 @@ def _groups(
         camera = source.camera(uri) or picture.camera
         if focal_px is not None and camera.source == "assumed":
             height, width = picture.image.shape[:2]
-            camera = Camera(
-                fx=focal_px,
-                fy=focal_px,
-                cx=(width - 1) / 2,
-                cy=(height - 1) / 2,
-                width=width,
-                height=height,
-            )
+            camera = Camera.centred(focal_px, width, height)
         box = Letterbox.fit(picture.image.shape[:2], size)
         group.append(Item(uri=uri, image=picture.image, camera=camera, box=box))
         if len(group) == batch:

@@ -8,6 +8,7 @@ silently fell back to another provider would prove nothing: the one that runs is
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -126,6 +127,18 @@ def check_images(images: np.ndarray, focal_px: np.ndarray | None, card: Card) ->
             f"of the {len(images)} images."
         )
     return focal
+
+
+def gathered(parts: Sequence[Answers], focal: np.ndarray, card: Card) -> Answers:
+    """The groups' answers as one, in metres of the images' own cameras.
+
+    metres = canonical * f / f_c, so another camera is a factor on the baked one's metres.
+    """
+    answers = {name: np.concatenate([part[name] for part in parts]) for name in card.outputs}
+    if not card.focal_input and "depth" in answers:
+        factor = (focal / np.float32(card.focal_px))[:, None, None]
+        answers["depth"] = (answers["depth"] * factor).clip(MIN_DEPTH_M, MAX_DEPTH_M)
+    return answers
 
 
 class TorchRuntime:
@@ -320,12 +333,7 @@ class OnnxRuntime:
             self._run(images[i : i + size], focal[i : i + size], size)
             for i in range(0, len(images), size)
         ]
-        answers = {n: np.concatenate([p[n] for p in parts]) for n in self.card.outputs}
-        if not self.card.focal_input and "depth" in answers:
-            # metres = canonical * f / f_c, so another camera is a factor on the baked one's metres
-            factor = (focal / np.float32(self.card.focal_px))[:, None, None]
-            answers["depth"] = (answers["depth"] * factor).clip(MIN_DEPTH_M, MAX_DEPTH_M)
-        return answers
+        return gathered(parts, focal, self.card)
 
     def _run(self, images: np.ndarray, focal: np.ndarray, size: int) -> Answers:
         n = len(images)

@@ -8,9 +8,9 @@ from typing import Any, Self
 import numpy as np
 
 from export import trt_engine
-from export.artefact import MAX_DEPTH_M, MIN_DEPTH_M, ArtefactError, expected_shape
+from export.artefact import ArtefactError, expected_shape
 from export.cuda import Cuda
-from export.runtimes import Answers, check_images
+from export.runtimes import Answers, check_images, gathered
 from export.trt_sidecar import check_machine, checked_bytes, read_sidecar
 
 DTYPES = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32}  # the contract's, no others
@@ -88,11 +88,7 @@ class TrtRuntime:
             self._run(images[i : i + step], focal[i : i + step])
             for i in range(0, len(images), step)
         ]
-        answers = {n: np.concatenate([p[n] for p in parts]) for n in self.card.outputs}
-        if not self.card.focal_input and "depth" in answers:
-            factor = (focal / np.float32(self.card.focal_px))[:, None, None]
-            answers["depth"] = (answers["depth"] * factor).clip(MIN_DEPTH_M, MAX_DEPTH_M)
-        return answers
+        return gathered(parts, focal, self.card)
 
     def _run(self, images: np.ndarray, focal: np.ndarray) -> Answers:
         count = len(images)

@@ -97,14 +97,14 @@ class Camera:
     def assumed(cls, width: int, height: int, fov_deg: float = 60.0) -> Camera:
         """The camera taken when none is known: ``fov_deg`` across the longer side, centred."""
         focal_px = max(width, height) / 2 / math.tan(math.radians(fov_deg) / 2)
+        return cls.centred(focal_px, width, height, source="assumed")
+
+    @classmethod
+    def centred(cls, focal_px: float, width: int, height: int, source: str = "known") -> Camera:
+        """Square pixels, and the principal point in the middle of the image."""
+        cx, cy = (width - 1) / 2, (height - 1) / 2
         return cls(
-            fx=focal_px,
-            fy=focal_px,
-            cx=(width - 1) / 2,
-            cy=(height - 1) / 2,
-            width=width,
-            height=height,
-            source="assumed",
+            fx=focal_px, fy=focal_px, cx=cx, cy=cy, width=width, height=height, source=source
         )
 
     def mirrored(self) -> Camera:

@@ -30,8 +30,7 @@ SEEN_SHARE = 0.002  # a thing is named in the caption when it fills this share o
 def camera_of(view: View, *, width: int, height: int) -> Camera:
     """The pinhole camera of a view, its principal point in the middle."""
     focal_px = width / 2 / math.tan(math.radians(view.fov_deg) / 2)
-    return Camera(fx=focal_px, fy=focal_px, cx=(width - 1) / 2, cy=(height - 1) / 2,
-                  width=width, height=height, source="known")  # fmt: skip
+    return Camera.centred(focal_px, width, height)
 
 
 def render(scene: Scene, *, width: int, height: int, samples: int) -> Label:

@@ -21,14 +21,7 @@ def make_label(seed: int, *, height: int = 48, width: int = 64) -> Label:
     """A ball on open ground under a sky, in closed form; camera 1.5 m above the ground."""
     rng = np.random.default_rng(seed)
     focal_px = width * rng.uniform(0.8, 1.1)
-    camera = Camera(
-        fx=focal_px,
-        fy=focal_px,
-        cx=(width - 1) / 2,
-        cy=(height - 1) / 2,
-        width=width,
-        height=height,
-    )
+    camera = Camera.centred(focal_px, width, height)
     rays = camera.rays().astype(np.float64)
     with np.errstate(divide="ignore"):
         depth_m = np.where(rays[..., 1] > 0, 1.5 / rays[..., 1], np.inf)

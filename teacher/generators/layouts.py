@@ -144,15 +144,7 @@ def _hypersim_metres(path: Path, image: Path) -> np.ndarray:
     with h5py.File(path, "r") as file:
         ray_m = positive(file["dataset"][()])
     height, width = ray_m.shape
-    focal_px = HYPERSIM_FOCAL * width
-    camera = Camera(
-        fx=focal_px,
-        fy=focal_px,
-        cx=(width - 1) / 2,
-        cy=(height - 1) / 2,
-        width=width,
-        height=height,
-    )
+    camera = Camera.centred(HYPERSIM_FOCAL * width, width, height)
     return ray_m / np.linalg.norm(camera.rays(), axis=-1).astype(np.float32)
 
 
