@@ -4,6 +4,8 @@ Every centre is a member's own value: the lower median, or where members disagre
 readings) the member that its neighbourhood is closest to, so that a region comes from one member.
 Nothing here sees an encoded colour. Spreads: ``raw`` says how much members disagree, scale
 included; ``aligned`` what is left once every member's global scale is taken out (structure).
+Windows of the image only doubt: shown larger, it is answered worse (docs/results.md), so they count
+in spreads and not in centres.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ class Variant:
     seed: int = 0
     mirror: bool = False
     window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it shows the whole image."""
+        return self.window == (0.0, 0.0, 1.0, 1.0)
 
     def _box(self, height: int, width: int) -> tuple[int, int, int, int]:
         left, top, right, bottom = self.window
@@ -85,13 +92,16 @@ def variants(*, seeds: int = 1, mirror: bool = False, crops: int = 0) -> list[Va
     ]
 
 
-def merge(answers: Sequence[Answer]) -> Answer:
+def merge(answers: Sequence[Answer], *, voters: int | None = None) -> Answer:
     """One answer from several of the same task, space and size.
+
+    The first ``voters`` (None: all) decide on values, residual and instances; the others, answers
+    to windows of the image, count in the spread alone.
 
     ``uncertainty`` becomes the members' aligned spread in the task's unit for depth (mean |log
     ratio| to the centre), the mean angle to the centre for normals, 1 - share of votes for
-    semantic. ``extras`` gain ``members``, and for depth the image medians ``raw_spread`` and
-    ``aligned_spread``. A single answer is returned as it is.
+    semantic. ``extras`` gain ``members`` (all of them), and for depth the image medians
+    ``raw_spread`` and ``aligned_spread``. A single answer is returned as it is.
 
     Raises:
         UsageError: no answer, or answers that do not fit together.
@@ -111,23 +121,24 @@ def merge(answers: Sequence[Answer]) -> Answer:
             )
     if len(answers) == 1:
         return first
-    stack = np.stack([a.values for a in answers])
+    stack, deciding = np.stack([a.values for a in answers]), answers[:voters]
     facts: dict[str, Any] = {"members": len(answers)}
     if first.task is Task.DEPTH:
-        merged = merge_depth(stack, positive=first.space is Space.METRIC)
+        merged = merge_depth(stack, positive=first.space is Space.METRIC, voters=voters)
         values, spread = merged.values, merged.aligned
         facts |= {"raw_spread": _median(merged.raw), "aligned_spread": _median(merged.aligned)}
     elif first.task is Task.NORMALS:
-        values, spread = merge_normals(stack)
+        values, spread = merge_normals(stack, voters=voters)
     elif first.task is Task.SEMANTIC:
-        values, spread = merge_classes(stack)
+        values, spread = merge_classes(stack, voters=voters)
     else:
-        values, table = merge_instances(stack, [a.extras.get("instances", []) for a in answers])
+        tables = [a.extras.get("instances", []) for a in deciding]
+        values, table = merge_instances(stack[:voters], tables)
         spread, facts["instances"] = None, table
     residual = None
-    if all(a.residual is not None for a in answers):
-        residual = np.nan_to_num(np.stack([a.residual for a in answers]), nan=np.inf)  # type: ignore
-        residual = np.sort(residual, axis=0)[(len(answers) - 1) // 2].astype(np.float32)
+    if all(a.residual is not None for a in deciding):
+        residual = np.nan_to_num(np.stack([a.residual for a in deciding]), nan=np.inf)  # type: ignore
+        residual = np.sort(residual, axis=0)[(len(deciding) - 1) // 2].astype(np.float32)
         residual[np.isinf(residual)] = np.nan
     return dataclasses.replace(
         first, values=values, uncertainty=spread, residual=residual, extras=first.extras | facts
@@ -184,25 +195,28 @@ def regional_medoid(stack: np.ndarray) -> np.ndarray:
     """Per pixel the index of the member [K, H, W] closest to all others over its neighbourhood."""
     cost = np.zeros(stack.shape)
     for i, a in enumerate(stack):
-        gaps = [_log_gap(a, b) for j, b in enumerate(stack) if j != i]
+        gaps = [_log_gap(a, b) for b in stack]
         cost[i] = uniform_filter(
             np.nan_to_num(np.sum(gaps, axis=0), nan=3.0 * len(stack)), REGION_PX
         )
     return cost.argmin(0)
 
 
-def merge_depth(stack: np.ndarray, *, positive: bool = True) -> DepthConsensus:
-    """Depths [K, H, W] (NaN unknown, +inf sky) -> centre and spreads.
+def merge_depth(
+    stack: np.ndarray, *, positive: bool = True, voters: int | None = None
+) -> DepthConsensus:
+    """Depths [K, H, W] (NaN unknown, +inf sky) -> centre (of the first ``voters``) and spreads.
 
     Where members agree within `TWO_READINGS` the centre is the lower median; elsewhere the
     regional medoid's own value. With ``positive`` False (affine depth) logs are not taken.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(stack.astype(np.float64)) if positive else stack.astype(np.float64)
-    median = lower_median(logs)
-    disagree = np.nanmax(np.nan_to_num(_log_gap(logs, median[None]), nan=0.0), axis=0)
-    member = np.take_along_axis(stack, regional_medoid(logs)[None], 0)[0]
-    centre_value = lower_median(stack)
+    deciding = logs[:voters]
+    median = lower_median(deciding)
+    disagree = np.nanmax(np.nan_to_num(_log_gap(deciding, median[None]), nan=0.0), axis=0)
+    member = np.take_along_axis(stack, regional_medoid(deciding)[None], 0)[0]
+    centre_value = lower_median(stack[:voters])
     values = np.where((disagree > TWO_READINGS) & ~np.isnan(member), member, centre_value)
     values = np.where(np.isnan(centre_value), np.nan, values).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -222,35 +236,36 @@ def _mean_known(gaps: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def merge_normals(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Normals [K, H, W, 3] -> (the member closest to all others, mean angle to it [deg])."""
+def merge_normals(stack: np.ndarray, *, voters: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Normals [K, H, W, 3] -> (of ``voters`` the one closest to all, mean angle of all to it)."""
     known = ~np.isnan(stack[..., 0])
     safe = np.nan_to_num(stack).astype(np.float64)
-    likeness = np.einsum("ihwc,jhwc->ihw", safe, safe)
-    likeness = np.where(known, likeness, -np.inf)
+    likeness = np.einsum("ihwc,jhwc->ihw", safe[:voters], safe[:voters])
+    likeness = np.where(known[:voters], likeness, -np.inf)
     best = likeness.argmax(0)
     values = np.take_along_axis(stack, best[None, ..., None], 0)[0]
     chord = np.linalg.norm(safe - np.nan_to_num(values), axis=-1)  # exact near 0, unlike arccos
     angle_deg = np.where(known, np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1))), np.nan)
     spread = _mean_known(angle_deg)
-    none = 2 * known.sum(0) <= len(stack)
+    none = 2 * known[:voters].sum(0) <= len(stack[:voters])
     values, spread = values.astype(np.float32), spread.astype(np.float32)
     values[none], spread[none] = np.nan, np.nan
     return values, spread
 
 
-def merge_classes(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids [K, H, W] -> (majority, 1 - its share of all members); a tie goes to the first."""
+def merge_classes(stack: np.ndarray, *, voters: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids [K, H, W] -> (majority of ``voters``, 1 - its share); a tie goes to the first.
+
+    The share is that of the voters and of the windows that see the pixel.
+    """
     unknown = np.iinfo(stack.dtype).max
-    votes = np.zeros(stack.shape, np.int64)
-    for i, a in enumerate(stack):
-        votes[i] = (stack == a[None]).sum(0)
-    votes[stack == unknown] = 0
-    best = votes.argmax(0)
-    values = np.take_along_axis(stack, best[None], 0)[0]
-    share = np.take_along_axis(votes, best[None], 0)[0] / len(stack)
-    spread = np.where(values == unknown, np.nan, 1 - share).astype(np.float32)
-    return values, spread
+    deciding, windows = stack[:voters], stack[len(stack[:voters]) :]
+    votes = np.stack([(deciding == one).sum(0) for one in deciding])
+    votes[deciding == unknown] = 0
+    values = np.take_along_axis(deciding, votes.argmax(0)[None], 0)[0]
+    seen = len(deciding) + (windows != unknown).sum(0)
+    share = (stack == values).sum(0) / seen
+    return values, np.where(values == unknown, np.nan, 1 - share).astype(np.float32)
 
 
 def merge_instances(

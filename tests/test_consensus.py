@@ -115,6 +115,23 @@ def test_a_window_leaves_the_rest_unknown():
     assert (whole.values[:8, 2:] == 1).all()
 
 
+def test_windows_doubt_and_do_not_decide():
+    """One whole answer against three windows that agree on another: it stands, in doubt."""
+    assert [v.whole for v in consensus.variants(seeds=1, crops=3)] == [True, False, False, False]
+    depth = np.full((8, 8), 2.0, np.float32)
+    other = np.where(np.arange(8) < 4, 3.0, 2.0).astype(np.float32) * np.ones((8, 1), np.float32)
+    other[:, 7] = np.nan  # not seen
+    merged = consensus.merge([depth_answer(depth), *[depth_answer(other)] * 3], voters=1)
+    assert (merged.values == 2).all() and merged.extras["members"] == 4
+    assert merged.uncertainty[0, 7] == 0 and merged.uncertainty[0, 6] != merged.uncertainty[0, 1]
+    stack = np.array([[[1, 1]], [[2, 255]], [[2, 255]]], np.uint8)
+    classes, spread = consensus.merge_classes(stack, voters=1)
+    assert classes.tolist() == [[1, 1]] and spread == pytest.approx(np.array([[2 / 3, 0]]))
+    up, right = np.array([0, 1, 0.0]), np.array([1, 0, 0.0])
+    normals, angle = consensus.merge_normals(np.array([[[up]], [[right]], [[right]]]), voters=1)
+    assert (normals == up).all() and angle.item() == pytest.approx(60)
+
+
 def test_variants_are_counted_and_bad_ones_refused():
     assert len(consensus.variants(seeds=3, mirror=True, crops=2)) == 8
     assert len({v.seed for v in consensus.variants(seeds=2, crops=2)}) == 4
