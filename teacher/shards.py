@@ -117,9 +117,10 @@ def summarise(label: Label) -> dict[str, Any]:
         depth_m = label.values[Task.DEPTH]
         finite = depth_m[np.isfinite(depth_m)]
         row["sky_share"] = round(float(np.isposinf(depth_m).mean()), 6)
-        for percent in (5, 50, 95):
-            value = round(float(np.percentile(finite, percent)), 4) if finite.size else None
-            row[f"depth_m_p{percent}"] = value
+        percents = (5, 50, 95)
+        at = np.percentile(finite, percents) if finite.size else [None] * 3
+        for percent, value in zip(percents, at, strict=True):
+            row[f"depth_m_p{percent}"] = None if value is None else round(float(value), 4)
     if "alignment" in label.provenance:
         row["alignment_residual"] = label.provenance["alignment"].get("residual")
     return row

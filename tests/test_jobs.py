@@ -534,6 +534,31 @@ def test_the_teacher_does_not_wait_at_the_border_of_a_shard(tmp_path, monkeypatc
     assert waited == [True] and LabelSet(tmp_path / "set").verify() == 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a niceness for each thread")
+def test_encoders_leave_core_and_lock_to_the_teacher(tmp_path, monkeypatch):
+    niceness = lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())  # noqa: E731
+    before, seen = (sys.getswitchinterval(), niceness()), {}
+
+    class Watched(PlaneTeacher):
+        def answer(self, queries, tasks):
+            seen["teacher"] = (niceness(), sys.getswitchinterval())
+            return super().answer(queries, tasks)
+
+    def watched(label):
+        seen["encoder"] = niceness()
+        return encode_members(label)
+
+    monkeypatch.setattr("teacher.jobs.engines.encode_members", watched)
+    monkeypatch.setitem(globals(), "Watched", Watched)
+    photos = write_photos(tmp_path / "photos", n=1)
+    run(photos, tmp_path / "set", teacher={"name": "test_jobs:Watched"})
+    assert seen == {
+        "teacher": (before[1], pytest.approx(5e-4)),
+        "encoder": min(before[1] + 10, 19),
+    }
+    assert (sys.getswitchinterval(), niceness()) == before
+
+
 def test_a_file_that_changes_or_vanishes_during_the_job_is_named(tmp_path):
     photos = write_photos(tmp_path / "photos", n=3)
     source = open_source(str(photos))

@@ -171,7 +171,7 @@ class Bundle:
     def __init__(self, files: Source, parts: dict[str, Source]) -> None:
         """``files`` for plain images, ``parts`` by relative path."""
         self.files, self.parts = files, parts
-        self.left_out: Counter[str] = getattr(files, "left_out", Counter())
+        self.left_out = Counter[str](getattr(files, "left_out", {}))
         self.names = sorted(
             [*files.list(), *(f"{p}::{u}" for p, s in parts.items() for u in s.list())]
         )
