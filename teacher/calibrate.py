@@ -33,6 +33,7 @@ PIXELS_PER_IMAGE = 400
 RIDGE = 1e-3
 CURVE_BINS = 40
 LOWEST_ERROR = {Task.DEPTH: 1e-3, Task.NORMALS: 0.1}
+KEPT = 0.97  # share of the pixels left when the least confident are dropped
 STRATA = ("flat", "edges", "far")
 
 
@@ -154,12 +155,14 @@ def judge(head: Head, pixels: Pixels) -> dict[str, Any]:
     """Brier skill, error AUROC, calibration errors per stratum, of pixels not fitted on."""
     terms = head.terms(pixels.signs)
     p, y = head.confidence(terms), pixels.right
+    order = terms @ head.right  # as the confidence's, without its plateaus
     base = float(np.mean(y))
     brier = float(np.mean((p - y) ** 2))
     chance = base * (1 - base)
     found: dict[str, Any] = {
         "pixels": len(y),
         "right": round(base, 4),
+        "right_of_kept": round(float(np.mean(y[order >= np.quantile(order, 1 - KEPT)])), 4),
         "brier": round(brier, 4),
         "brier_skill": round(1 - brier / chance, 4) if chance > 0 else None,
         "error_auroc": metrics.auroc(1 - p, ~y),

@@ -224,6 +224,7 @@ def test_confidence_is_the_share_of_right_pixels_on_new_images(made):
 def test_the_report_judges_on_the_other_half(made):
     out, result = made
     depth = result["tasks"]["depth"]
+    assert depth["right"] < depth["right_of_kept"] < 1
     assert depth["error_auroc"] > 0.75 and depth["brier_skill"] > 0.1 and depth["ece"] < 0.05
     assert depth["sign_auroc"]["residual"] > 0.75
     assert {"ece_flat", "ece_edges"} <= set(depth)
