@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,8 @@ import pytest
 import yaml
 from test_jobs import run, same_shards, write_photos
 
+from teacher.errors import EnvironmentFailure
+from teacher.jobs.ray_engine import start_ray
 from teacher.store import LabelSet
 
 DOCS = Path(__file__).parents[1] / "docs" / "clusters"
@@ -136,3 +139,14 @@ def test_ray_survives_kill_9_of_an_actor_and_of_the_driver(tmp_path, monkeypatch
     run(photos, tmp_path / "one", shard_size=2, batch_size=2)
     same_shards(tmp_path / "one", out)
     assert LabelSet(out).verify() == 11
+
+
+def test_a_ray_that_does_not_start_is_the_environment_s_fault(monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup.")  # its very words
+
+    ray = types.SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(EnvironmentFailure, match=r"no Ray on 10\.0\.0\.1:6379 \(The current node"):
+        start_ray()

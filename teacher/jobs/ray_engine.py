@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,14 @@ def start_ray() -> tuple[Any, int]:
             "engine=ray: Ray is not installed: pip install 'dense-distill[ray]'"
         ) from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
+        try:
+            ray.init(log_to_driver=False, include_dashboard=False)
+        except Exception as error:  # Ray's own kinds are many, the plainest among them
+            where = os.environ.get("RAY_ADDRESS") or "this machine"
+            raise EnvironmentFailure(
+                f"engine=ray: no Ray on {where} ({' '.join(str(error).split())}). RAY_ADDRESS "
+                "names a cluster; without it one is started here, which needs a free core."
+            ) from error
     return ray, 1 if ray.cluster_resources().get("GPU", 0) else 0
 
 
