@@ -8,6 +8,7 @@ not checked, so a missing one is an error and not a pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -68,6 +69,8 @@ class Budgets:
     def __init__(self, table: Mapping[str, Any], tasks: Sequence[str]) -> None:
         """``table`` as the module says; ``tasks`` are those that are judged."""
         self.table, self.tasks = table, tasks
+        for task in table:
+            _check_limits(table[task], f"budgets.{task}", depth=0)
 
     def limits(self, task: str, precision: str, part: str) -> Mapping[str, Any]:
         """The budgets of a task; a missing one is an error that says where to write it."""
@@ -92,6 +95,8 @@ class Budgets:
                 f"budgets: no parity for output {output} under {task}.{precision}; "
                 f"write it into conf/task/{task}.yaml."
             )
+        if not isinstance(table[output], Mapping):
+            raise UsageError(f"budgets.{task}.{precision}.parity.{output}: expected a table.")
         known = [*MEASURES, "consistency"] if output != "semantic" else ["mean", "consistency"]
         strange = sorted(set(table[output]) ^ set(known))
         if strange and (set(table[output]) - set(known) or "consistency" not in table[output]):
@@ -119,6 +124,16 @@ class Budgets:
                         )
                     listed.append((reference, task, metric, limit))
         return listed
+
+
+def _check_limits(table: Any, where: str, *, depth: int) -> None:
+    """Every leaf a number, and none so high up that a whole part would not be checked."""
+    if isinstance(table, Mapping):
+        for key, value in table.items():
+            _check_limits(value, f"{where}.{key}", depth=depth + 1)
+    elif depth < 3 or type(table) not in (int, float) or math.isnan(table):
+        wanted = "a table" if depth < 3 else "a number"
+        raise UsageError(f"{where} is {table!r}, expected {wanted} (conf/task shows all).")
 
 
 def sign(metric: str) -> int:

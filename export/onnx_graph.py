@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -237,7 +238,7 @@ def export_student(
     labels = LabelSet(calibration) if lowered and calibration is not None else None
     if batch is not None and batch < 1:
         raise UsageError(f"batch={batch}: expected null (any number of images) or at least 1.")
-    if focal_px is not None and not focal_px > 0:
+    if focal_px is not None and not 0 < focal_px < math.inf:
         raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
     if tensorrt is not None:
         trt_engine.check_options(tensorrt)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -71,7 +72,7 @@ def predict(
     """
     if batch < 1:
         raise UsageError(f"batch={batch}: expected at least 1.")
-    if focal_px is not None and not focal_px > 0:
+    if focal_px is not None and not 0 < focal_px < math.inf:
         raise UsageError(f"focal_px={focal_px}: expected a focal length in pixels, or null.")
     source = open_source(images)
     rows: list[dict[str, Any]] = []

@@ -54,10 +54,13 @@ def check_options(options: Mapping[str, Any]) -> Profile:
     workspace_mib = options.get("workspace_mib", 1)
     if not isinstance(sizes, Sequence) or [type(n) for n in sizes] != [int] * 3:
         raise UsageError(f"profile={sizes}: expected three numbers of images, as in [1, 1, 8].")
-    if hardware not in HARDWARE:
+    if not isinstance(hardware, str) or hardware not in HARDWARE:
         raise UsageError(f"hardware={hardware!r}: expected one of {list(HARDWARE)}.")
-    if workspace_mib < 1:
-        raise UsageError(f"workspace_mib={workspace_mib}: expected at least 1.")
+    if type(workspace_mib) is not int or workspace_mib < 1:
+        raise UsageError(f"workspace_mib={workspace_mib!r}: expected a whole number, at least 1.")
+    for name in ("version_compatible", "allow_known_bad"):
+        if not isinstance(options.get(name, False), bool):
+            raise UsageError(f"{name}={options[name]!r}: expected true or false.")
     return Profile(smallest=sizes[0], best=sizes[1], largest=sizes[2])
 
 

@@ -177,8 +177,9 @@ def test_bad_arguments(exported, tmp_path):
         export_student(**good, precision=["fp8"])
     with pytest.raises(UsageError, match="batch=0"):
         export_student(**good, batch=0)
-    with pytest.raises(UsageError, match="focal_px=-1"):
-        export_student(**good, focal_px=-1)
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"focal_px={wrong}"):
+            export_student(**good, focal_px=wrong)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"found \['notes.txt'\] and no export.json"):

@@ -197,7 +197,9 @@ def test_an_export_lists_its_engines_and_what_was_whole_when_one_failed(tmp_path
         ({"workspace": 5}, r"unknown \['workspace'\], expected some of \['profile'"),
         ({"profile": [1, 2]}, r"profile=\[1, 2\]: expected three numbers of images"),
         ({"profile": 4}, r"profile=4: expected three numbers of images"),
-        ({"workspace_mib": 0}, "workspace_mib=0: expected at least 1"),
+        ({"workspace_mib": 0}, "workspace_mib=0: expected a whole number, at least 1"),
+        ({"workspace_mib": "big"}, "workspace_mib='big': expected a whole number"),
+        ({"version_compatible": "no"}, "version_compatible='no': expected true or false"),
     ):
         with pytest.raises(UsageError, match=said):
             export(good, **wrong)

@@ -413,6 +413,38 @@ def test_a_misspelt_budget_is_an_error_and_no_pass(work, passed, part, name):
         )
 
 
+@pytest.mark.parametrize(
+    "place, value, text",
+    [
+        (("fp32", "parity", "depth", "p999"), "abc", "depth.fp32.parity.depth.p999 is 'abc', exp"),
+        (("fp32", "loss", "depth.delta1"), None, "loss.depth.delta1 is None, expected a number"),
+        (("fp32", "image", "depth.delta1"), float("nan"), "depth.delta1 is nan, expected a number"),
+        (("fp32", "strata"), 7, "depth.fp32.strata is 7, expected a table"),
+        (("fp32", "parity", "depth"), 7, "depth.fp32.parity.depth: expected a table"),
+    ],
+)
+def test_a_budget_that_is_no_number_is_an_error_and_no_pass(place, value, text):
+    from export.budgets import Budgets
+
+    table = default_budgets()
+    node = table["depth"]
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    with pytest.raises(UsageError, match=re.escape(text)):
+        Budgets(table, ["depth"]).parity("depth", "fp32")
+
+
+def test_a_teacher_can_be_named_on_the_command_line():
+    from distill import cli
+
+    given = ["export=a", "labels=b"]
+    assert cli.configure("verify", given)["teacher"] is None
+    assert cli.configure("verify", [*given, "teacher=mini"])["teacher"]["name"] == "mini"
+    truth = cli.configure("verify", [*given, "teacher=truth", "teacher.labels=x"])["teacher"]
+    assert truth == {"name": "truth", "labels": "x"}
+
+
 def test_another_recorded_camera_is_no_fault(work, tmp_path):
     source, out = work / "student.safetensors", tmp_path / "export"
     export_student(checkpoint=str(source), out=str(out), focal_px=200.0)
