@@ -311,8 +311,9 @@ def test_nothing_to_salvage_and_nowhere_to_put_it(tmp_path, balls):
 
 
 def test_a_set_without_teacher_is_only_verified(balls, tmp_path):
-    result = check(labels=str(balls), out=str(tmp_path / "c.json"))
+    result = check(labels=str(balls), out=str(tmp_path / "new" / "c.json"))
     assert (result["exit"], result["problems"]) == (0, [])
+    assert (tmp_path / "new" / "c.json").is_file()
     assert "every seal holds" in result["summary"]
     assert read_seal(balls / "shard-000000.json")["count"] == 4
 

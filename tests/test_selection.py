@@ -137,6 +137,8 @@ def test_nothing_left_is_exit_1_and_refused_by_training(tmp_path, balls):
         ({"at_most": {"blur": 1}}, r"at_most\.blur: no such column .*depth_coverage"),
         ({"drop_worst": {"depth_m_p50": 2}}, "expected a share from 0 to 1"),
         ({"near_duplicate_bits": 40}, "expected 0 to 16"),
+        ({"at_most": {"depth_m_p50": "far"}}, r"at_most\.depth_m_p50=far: expected a number"),
+        ({"near_duplicate_bits": 3, "threads": 0}, "threads=0: expected at least 1"),
     ],
 )
 def test_bad_criteria_are_explained(tmp_path, balls, change, message):

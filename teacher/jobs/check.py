@@ -255,6 +255,7 @@ def check(
     bad = bool(problems) or bool(result.get("missed")) or bool(result.get("unanswered"))
     result |= {"summary": _summary(labels, result), "exit": 1 if bad else 0}
     path = Path(out) if out else folder / RESULT
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, json.dumps(result, indent=1).encode() + b"\n")
     return result
 

@@ -230,6 +230,8 @@ def _check_columns(rows: Sequence[Mapping[str, Any]], **groups: Mapping[str, flo
         for name, limit in limits.items():
             if name not in known:
                 raise UsageError(f"{group}.{name}: no such column in the index; it has {known}.")
+            if not isinstance(limit, int | float) or isinstance(limit, bool):
+                raise UsageError(f"{group}.{name}={limit}: expected a number.")
             if group == "drop_worst" and not 0 <= limit <= 1:
                 raise UsageError(f"drop_worst.{name}={limit}: expected a share from 0 to 1.")
 
@@ -278,6 +280,8 @@ def select(
     _check_columns(rows, **limits)
     if near_duplicate_bits is not None and not 0 <= near_duplicate_bits <= 16:
         raise UsageError(f"near_duplicate_bits={near_duplicate_bits}: expected 0 to 16, or null.")
+    if threads < 1:
+        raise UsageError(f"threads={threads}: expected at least 1.")
     reasons = judge(rows, **limits)
     counts: dict[str, int] = {}
     for name in (text.split(" ")[0] for texts in reasons.values() for text in texts):
