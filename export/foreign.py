@@ -230,7 +230,7 @@ def _convert(
                 )
             return np.array(sorted(classes), np.int32)[array.argmax(axis)]
         return array.astype(np.int32)
-    values = array.astype(np.float32)
+    values: np.ndarray = array.astype(np.float32)
     if name == "normals":
         from teacher.codecs.normals import NormalCodec
 

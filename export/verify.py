@@ -120,8 +120,9 @@ def verify(
         min_m=min_m,
         max_m=max_m,
     )
-    for run in ran[: 1 if contest.reference else None]:  # the reference comes first
-        check_classes(run, judge.references)
+    if "semantic" in judge.tasks:
+        for run in ran[: 1 if contest.reference else None]:  # the reference comes first
+            check_classes(run, judge.references)
     alone = source.suffix == ".safetensors"  # a student before any export: nothing is promised
     promised = None if io is not None or alone else promises(contest.folder)
     result = judge_all(judge, runs, promised=promised, reference=contest.reference)

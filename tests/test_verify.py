@@ -245,6 +245,9 @@ def test_labels_that_name_a_class_otherwise_are_refused(work, passed, tmp_path, 
     make_labels(tmp_path / "other", n=3, tasks=TASKS)
     with pytest.raises(UsageError, match=r"class [13] is '(wall|floor)' there and '(wall|floor)'"):
         verify(export=str(work / "export"), labels=str(tmp_path / "other"), limit=1)
+    given = {"labels": str(tmp_path / "other"), "limit": 1, "tasks": ["depth"]}
+    out = str(tmp_path / "out")
+    assert verify(export=str(work / "export"), out=out, **given)["exit"] == 0  # not compared
 
 
 def test_the_verdict_says_what_it_does_not_cover(work, tmp_path):
