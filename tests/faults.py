@@ -186,6 +186,9 @@ def child(job: dict, fault: dict | None, errors: int) -> None:
     """The forked job: as `distill label` would run it, but for Hydra."""
     from distill import cli
 
+    # tqdm's own lock is a semaphore shared with the server: a job killed while it holds it would
+    # stop all later ones. Real jobs are processes of their own, or spawned.
+    tqdm.set_lock(threading.RLock())
     os.dup2(errors, 2)
     sys.stderr = os.fdopen(2, "w")
     commit.Lease.LIFETIME_S = LEASE_S
