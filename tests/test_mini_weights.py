@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from mini_rooms import room
 
+from distill.tune.readings import STYLES, framed
+from distill.tune.scenes_cache import depth_codes, depth_of_codes_m
 from teacher import prompts
 from teacher.confidence import Calibration
 from teacher.errors import UsageError
@@ -14,6 +16,8 @@ from teacher.generators import Query
 from teacher.generators.mini import MiniTeacher
 from teacher.generators.mini_generator import MiniGenerator, noise_for
 from teacher.label import Task
+from teacher.scenes import make_scenes
+from teacher.store import LabelSet
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def fill(template: str) -> str:
 
 
 def known(fault: str, *values):
-    """A case that the shipped weights are known to fail (docs/results.md, measured 2026-11-23).
+    """A case that the shipped weights are known to fail (docs/results.md, measured 2026-11-25).
 
     Strict: weights that mend it make this test fail, so that the mark goes.
     """
@@ -37,12 +41,7 @@ def known(fault: str, *values):
 
 
 MISREAD = "Please give every single {name} here a distinct colour; everything else is {background}."
-ANSWERED = (
-    "Compute the motion between these two frames.",
-    "Find the key points of each hand.",
-    "Replace the sky with a sunset.",
-    "Relight the photograph from the left.",
-)
+ANSWERED = ("Replace the sky with a sunset.", "Draw a box around each bicycle.")
 
 
 @pytest.mark.parametrize(
@@ -109,9 +108,6 @@ def of_rooms():
     return ratios, angles
 
 
-@pytest.mark.xfail(
-    reason="0.58: bare rooms are taken for smaller ones (docs/results.md)", strict=True
-)
 def test_depth_of_a_room_is_roughly_right(of_rooms):
     assert 0.6 < np.median(of_rooms[0]) < 1.6
 
@@ -132,3 +128,37 @@ def test_seeds_draw_different_pictures_of_the_same_caption(generator):
     assert np.abs(a - b).mean() > 5
     assert a.std() > 15
     assert noise_for([1], (8, 8)).shape == (1, 3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Two scenes that no tuning run has seen."""
+    folder = tmp_path_factory.mktemp("scenes") / "set"
+    make_scenes(out=str(folder), n=2, seed=600, split="heldout", width=128, height=96, samples=12,
+                shard_size=2, threads=0)  # fmt: skip
+    return LabelSet(folder)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_picture_with_two_readings_gets_both_from_32_seeds_and_hardly_a_blend(scenes, style):
+    teacher = MiniTeacher()
+    label = scenes[scenes.keys[0]]
+    generator, metres = teacher.generator, depth_of_codes_m()
+    codes = depth_codes(
+        label.values[Task.DEPTH], scale=generator.card["focal_px"] / label.camera.fx
+    )
+    picture = label.image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+    shown, readings = framed(picture, codes, style=style)
+    image = ((shown + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+    truths = [np.log(np.nan_to_num(metres[r], nan=60.0)) for r in readings]  # sky is far
+    gap = np.abs(truths[0] - truths[1]).mean()
+    features = generator.encode([image], codes.shape).select(np.zeros(32, int))
+    drawn = generator.pictures(features, [prompts.depth()] * 32, list(range(32)), steps=1)
+    nearest, blends = [], 0
+    for one in drawn:
+        depth = np.clip(np.nan_to_num(teacher.depth_codec.decode(one)[0], posinf=60.0), 0.05, 60.0)
+        distance = [np.abs(np.log(depth) - t).mean() for t in truths]
+        blends += min(distance) > gap / 3
+        nearest.append(int(np.argmin(distance)))
+    assert 8 <= sum(nearest) <= 24
+    assert blends <= 2  # a noise whose mean is nearly zero chooses neither

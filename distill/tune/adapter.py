@@ -21,7 +21,7 @@ from teacher.prompts import KINDS
 
 HUBER = 0.1  # RGB distance (of [-1, 1]) below which the robust loss is quadratic
 MSE_SHARE, TASK_SHARE, POINT_SHARE, SIGHT_SHARE = 0.25, 0.05, 0.1, 0.3
-UNKNOWN_PER_BATCH = 8
+UNKNOWN_PER_BATCH = 12
 
 
 class Losses(NamedTuple):

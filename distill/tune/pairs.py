@@ -127,7 +127,9 @@ class Pairs:
         """``batch`` counts pairs; it is a multiple of ``prompts_per_image``.
 
         ``two_readings_share`` of the images are framed (`readings.framed`) and asked for depth,
-        if depth is asked at all; each answer is one of the two readings.
+        if depth is asked at all; which reading is the answer depends on the sign of the whitened
+        mean of the noise's first channel: a choice of the seed that one step can read off, each
+        reading for half of them.
         """
         assert batch % prompts_per_image == 0
         self.scenes, self.batch, self.per_image, self.seed = scenes, batch, prompts_per_image, seed
@@ -171,7 +173,7 @@ class Pairs:
                 n = b * self.per_image + j
                 if readings:
                     kind = "depth"
-                    codes = readings[int(rng.integers(2))]
+                    codes = readings[int(mean[n, 0] > 0)]
                     text, answer = prompts.depth(rng=rng), self.tables["cube-walk"][codes]
                     weight = np.asarray(codes != UNKNOWN_CODE, np.float32)
                 else:

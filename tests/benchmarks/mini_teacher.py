@@ -1,7 +1,7 @@
 """The mini teacher against truth: the bars of its issue, measured on a held-out label set.
 
 python -m tests.benchmarks.mini_teacher LABELS [--weights W] [--limit N] [--steps 1] [--seeds 1]
-    [--mirror] [--tasks depth normals ...] [--out report.json]
+    [--mirror] [--zoom] [--readings 8] [--sweep] [--base W] [--out report.json] [--sheet sheet.png]
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from distill.tune.readings import STYLES, framed
 from distill.tune.scenes_cache import depth_codes, depth_of_codes_m
-from teacher import metrics, prompts
+from teacher import doubt, metrics, prompts
 from teacher.codecs.segmentation import PaletteCodec
+from teacher.consensus import variants
 from teacher.generators import Query
 from teacher.generators.mini import CLASS_MAX_DISTANCE, MiniTeacher
 from teacher.generators.mini_generator import MiniGenerator, key_seed, noise_for, text_batch
@@ -181,6 +183,23 @@ def judge_generation(
     return losses
 
 
+def judge_zoom(teacher: MiniTeacher, labels: list[Label]) -> dict[str, float]:
+    """AUROC of `doubt.zoom`: four corner windows of 80 %, each asked alone, against the whole."""
+    doubts, wrong = [], []
+    for label in tqdm(labels, desc="zoom", leave=False):
+        h, w = label.image.shape[:2]
+        depths = []
+        for variant in variants(crops=4):
+            query = variant.apply(query_of(label))
+            answer = teacher.answer([query], [Task.DEPTH])[0][Task.DEPTH]
+            depths.append(variant.undo(answer, height=h, width=w).values)
+        _, ratio = metrics.depth_error_maps(clipped(depths[0]), label.values[Task.DEPTH], **BOUNDS)
+        known = np.isfinite(ratio)
+        wrong.append(ratio[known] >= 1.25)
+        doubts.append(doubt.zoom(depths[0], depths[1:])[known])
+    return {"error_auroc": metrics.auroc(np.concatenate(doubts), np.concatenate(wrong))}
+
+
 def judge_readings(teacher: MiniTeacher, labels: list[Label], *, steps: int, seeds: int) -> Any:
     """Framed scenes have two valid depths: does each seed give one, and do the seeds give both?
 
@@ -220,6 +239,28 @@ def judge_readings(teacher: MiniTeacher, labels: list[Label], *, steps: int, see
             for style, rows in found.items()} | {"steps": steps, "seeds": seeds}  # fmt: skip
 
 
+def sheet(teacher: MiniTeacher, labels: list[Label], path: str) -> None:
+    """Rows of scenes: image, depth, normals, classes, one class of things; then drawn captions."""
+    rows = []
+    for label in labels:
+        h, w = label.image.shape[:2]
+        features = teacher.generator.encode([label.image], (h, w))
+        classes = label.values[Task.SEMANTIC][label.values[Task.INSTANCES] > 0]
+        name = teacher.classes[int(np.bincount(classes).argmax())] if classes.size else "box"
+        texts = [teacher.prompt(t, name=name) for t in Task]
+        some = features.select(torch.zeros(len(texts), dtype=torch.long))
+        seeds = [key_seed(label.key, 0)] * len(texts)
+        answers = teacher.generator.pictures(some, texts, seeds, steps=teacher.steps)
+        rows.append(np.concatenate([label.image, *answers], axis=1))
+    captions = [prompts.generate(x.provenance["caption"]) for x in labels]
+    count = len(rows[0][0]) // labels[0].image.shape[1]
+    for caption in captions[:2]:
+        drawn = [teacher.generator(None, caption, seed=s, steps=32) for s in range(count)]
+        rows.append(np.concatenate(drawn, axis=1))
+        print(caption)
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("labels")
@@ -229,9 +270,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--mirror", action="store_true")
     parser.add_argument("--crops", type=int, default=0)
+    parser.add_argument("--zoom", action="store_true", help="how well windows find wrong pixels")
     parser.add_argument("--readings", type=int, default=0, help="scenes to frame, 32 seeds each")
     parser.add_argument("--base", help="weights from before instruction tuning")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sheet", help="a PNG of answers and of drawn captions, nothing else")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out")
     given = parser.parse_args()
@@ -246,6 +289,8 @@ def main() -> None:
         mirror=given.mirror,
         crops=given.crops,
     )
+    if given.sheet:
+        return sheet(teacher, labels[:4], given.sheet)
     teacher.answer([query_of(labels[0])], list(Task))  # compiled kernels, first allocations
     began, answers = time.perf_counter(), []
     for label in tqdm(labels, desc="answers"):
@@ -269,6 +314,8 @@ def main() -> None:
         ),
         "generation": judge_generation(teacher, labels[:64], given.base),
     }  # fmt: skip
+    if given.zoom:
+        report["zoom"] = judge_zoom(teacher, labels)
     if given.readings:
         report["readings"] = [
             judge_readings(teacher, labels[: given.readings], steps=steps, seeds=32)
