@@ -625,3 +625,20 @@ def test_a_refused_licence_stops_the_job_before_it_starts(tmp_path):
     assert not (tmp_path / "set").exists()
     run(photos, tmp_path / "set", licence={"images": "CC-BY-4.0", "refuse": ["non-commercial"]})
     assert "CC-BY-4.0" in json.dumps(LabelSet(tmp_path / "set").meta["licences"])
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENODEV, EnvironmentFailure), (errno.EACCES, UsageError)]
+)
+def test_an_input_whose_disk_fails_is_the_environment_s_fault(tmp_path, monkeypatch, number, kind):
+    photos = write_photos(tmp_path / "photos", n=1)
+    monkeypatch.setattr("teacher.jobs.commit.WAITS_S", (0.0,) * 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def broken(self, uri):
+        raise OSError(number, os.strerror(number), uri)
+
+    monkeypatch.setattr("teacher.jobs.sources.FileSource.key", broken)
+    with pytest.raises(kind, match=r"images: '0.jpg' cannot be read"):
+        run(photos, tmp_path / "set")
+    assert not (tmp_path / "set").exists()

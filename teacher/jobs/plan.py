@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.jobs.commit import patiently
 from teacher.jobs.sources import Source
 from teacher.shards import canonical_json
@@ -134,7 +134,8 @@ def content_keys(source: Source, uris: Sequence[str], *, threads: int) -> list[s
     """The key of every input, in parallel, from the cache where the file did not change.
 
     Resumable: finished keys are remembered every 2000 inputs. An input that cannot be read is an
-    error here: an unreadable disk must not become a million rejected images.
+    error here, the user's if it is gone or not theirs to read, else the environment's: an
+    unreadable disk must not become a million rejected images.
     """
     cache = HashCache()
     keys: list[str] = []
@@ -171,7 +172,8 @@ def _key(source: Source, uri: str) -> str:
     try:
         return patiently(lambda: source.key(uri), what=f"reading {uri}")
     except OSError as error:
-        raise UsageError(
+        theirs = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
+        raise (UsageError if theirs else EnvironmentFailure)(
             f"images: {uri!r} cannot be read ({error.strerror}). Expected every listed file to be "
             "readable: an unreachable disk must not become a million rejected images. Mend or "
             "remove it."
