@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
-from teacher.jobs.engines import ahead
 from teacher.jobs.selection import identity
+from teacher.jobs.threads import ahead
 from teacher.label import LabelError, Task
 from teacher.report_planes import plane_names, planes
 from teacher.store import DamagedLabelSetError, LabelSet, decode_members, sealed_shards

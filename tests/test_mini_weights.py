@@ -9,7 +9,7 @@ from mini_rooms import room
 
 from distill.tune.readings import STYLES, framed
 from distill.tune.scenes_cache import depth_codes, depth_of_codes_m
-from teacher import prompts
+from teacher import prompts, wordings
 from teacher.confidence import Calibration
 from teacher.errors import UsageError
 from teacher.generators import Query
@@ -48,7 +48,7 @@ ANSWERED = ("Replace the sky with a sunset.", "Draw a box around each bicycle.")
     ("kind", "template"),
     [
         known("read as semantic", kind, text) if text == MISREAD else (kind, text)
-        for kind, texts in prompts.HELD_OUT.items()
+        for kind, texts in wordings.HELD_OUT.items()
         for text in texts
     ],
 )
@@ -58,7 +58,7 @@ def test_wordings_never_seen_in_training_are_understood(generator, kind, templat
 
 @pytest.mark.parametrize(
     "text",
-    [known("answered", t) if t in ANSWERED else t for t in prompts.UNKNOWN_HELD_OUT],
+    [known("answered", t) if t in ANSWERED else t for t in wordings.UNKNOWN_HELD_OUT],
 )
 def test_requests_it_was_not_tuned_for_are_refused(generator, text):
     with pytest.raises(UsageError, match=r"reads as .*it was tuned for depth, normals"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from teacher import prompts
+from teacher import prompts, wordings
 from teacher.errors import UsageError
 from teacher.generators.mini_text import MAX_COLOURS, parse_colour, tokenize, words
 
@@ -62,9 +62,9 @@ def test_a_prompt_of_twenty_two_classes_keeps_all_its_colours():
 
 
 def test_held_out_wordings_and_requests_are_in_no_training_list():
-    for kind, texts in prompts.HELD_OUT.items():
-        assert not set(texts) & set(prompts.WORDINGS[kind])
-    assert not set(prompts.UNKNOWN_HELD_OUT) & set(prompts.UNKNOWN)
+    for kind, texts in wordings.HELD_OUT.items():
+        assert not set(texts) & set(wordings.WORDINGS[kind])
+    assert not set(wordings.UNKNOWN_HELD_OUT) & set(wordings.UNKNOWN)
 
 
 def test_wordings_are_complete_sentences_after_filling():

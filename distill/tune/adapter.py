@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,9 +108,8 @@ class MiniAdapter:
         semantic answers) and the encoder's own sight (`Sight`).
         """
         net, device = self.net, batch.answer.device
-        rng = torch.Generator().manual_seed(step)
-        at = torch.randint(len(prompts.UNKNOWN), (UNKNOWN_PER_BATCH,), generator=rng).tolist()
-        free = [prompts.fill(prompts.UNKNOWN[i], _numpy_rng(step, i)) for i in at]
+        rng = np.random.default_rng(step)
+        free = [prompts.unknown(rng=rng) for _ in range(UNKNOWN_PER_BATCH)]
         n = len(batch.prompts)
         text = text_batch([*batch.prompts, *free], max_tokens=net.max_tokens, device=device)
         everything = net.text(text)
@@ -156,9 +156,3 @@ class MiniAdapter:
         """See `Generator.save`."""
         own = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
         MiniGenerator.save(path, own, {"network": self.sizes, **facts})
-
-
-def _numpy_rng(*seed: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng(seed)

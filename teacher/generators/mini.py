@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from teacher import consensus, prompts
+from teacher import consensus, prompts, wordings
 from teacher.codecs.depth import DepthCodec
 from teacher.codecs.normals import NormalCodec
 from teacher.codecs.segmentation import InstanceCodec, PaletteCodec, merge_passes
@@ -90,7 +90,7 @@ class MiniTeacher:
             "steps_trained": self.generator.card.get("steps_trained"),
             "license": self.generator.card.get("license"),
             "prompts": {str(t): self.prompt(t, name="{name}") for t in TASKS},
-            "prompts_version": prompts.VERSION,
+            "prompts_version": wordings.VERSION,
             "steps": self.steps,
             "askings": [dataclasses.asdict(v) for v in self.variants],
             "codecs": {

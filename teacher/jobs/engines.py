@@ -6,16 +6,14 @@ import contextlib
 import dataclasses
 import errno
 import itertools
-import os
 import re
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -27,12 +25,11 @@ from teacher.jobs.commit import WAITS_S, Lease, is_transient, patiently, this_ho
 from teacher.jobs.plan import Entry, Plan
 from teacher.jobs.samples import Prepared, answer_split, prepare, to_label
 from teacher.jobs.sources import Source
+from teacher.jobs.threads import ahead, impatient_pool, swift_handover
 from teacher.label import Answer, Label, LabelError, Task, validate
 from teacher.shard_writer import ShardWriter
 from teacher.shards import encode_members, seal_path, shard_name, summarise
 
-T = TypeVar("T")
-R = TypeVar("R")
 Waiting = deque[tuple[Prepared, Future | None]]  # samples on their way to the tar, in order
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -40,53 +37,6 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 def alike(reason: str) -> str:
     """A reason without its keys and numbers, so that equal mishaps count together."""
     return re.sub(r"[0-9a-f]{12,}|\b\d+(\.\d+)?\b", "#", reason)[:120]
-
-
-@contextlib.contextmanager
-def impatient_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads whose waiting work is dropped at the end: nobody wants it after a signal."""
-    pool = ThreadPoolExecutor(threads, initializer=step_back)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def step_back() -> None:
-    """Where cores are scarce, the teacher's thread comes first: the others only fill its pauses.
-
-    Linux has a niceness for each thread; elsewhere nothing happens.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            own = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + 10)
-
-
-@contextlib.contextmanager
-def swift_handover() -> Iterator[None]:
-    """Threads hand Python's lock over after 0.5 ms instead of 5: the teacher's thread wants it
-    after every call into its library, and encoders would keep it waiting.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(5e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def ahead(
-    items: Iterable[T], work: Callable[[T], R], pool: ThreadPoolExecutor, n: int
-) -> Iterator[R]:
-    """``map`` in order with at most ``n`` results under way, so that memory stays flat."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= n:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 @dataclasses.dataclass
