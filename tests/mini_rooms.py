@@ -72,12 +72,12 @@ def room(seed: int, *, height: int = 48, width: int = 64) -> Label:
     )
 
 
-def write_rooms(path: Path, *, n: int, height: int, width: int) -> str:
-    """A label set of the first ``n`` rooms with truth of every task."""
+def write_rooms(path: Path, *, n: int, height: int, width: int, start: int = 0) -> str:
+    """A label set of ``n`` rooms from room ``start`` on, with truth of every task."""
     dataset = {
         "tasks": ["depth", "normals", "semantic", "instances"],
         "classes": {str(k): v for k, v in CLASSES.items()},
     }
-    make = lambda i: room(i, height=height, width=width)  # noqa: E731
+    make = lambda i: room(start + i, height=height, width=width)  # noqa: E731
     write_label_set(path, n=n, make=make, dataset=dataset)
     return str(path)

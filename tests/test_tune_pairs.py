@@ -15,6 +15,7 @@ from distill.tune.scenes_cache import (
     load_scenes,
 )
 from teacher.codecs.depth import DepthCodec
+from teacher.errors import UsageError
 from teacher.generators.mini_generator import to_pictures
 from teacher.generators.mini_text import parse_colour, words
 from teacher.label import Task
@@ -54,6 +55,19 @@ def test_cached_values_are_the_labels_values(rooms):
     for i in np.unique(rooms.instances[3])[1:]:
         mask = rooms.instances[3] == i
         assert set(label.values[Task.SEMANTIC][mask]) == {rooms.instance_class[3, i]}
+
+
+def test_several_sets_are_one_lesson_in_their_order(rooms, tmp_path):
+    first = write_rooms(tmp_path / "a", n=3, height=32, width=48)
+    second = write_rooms(tmp_path / "b", n=2, height=32, width=48, start=3)
+    both = load_scenes([first, second], cache=str(tmp_path / "cache"))
+    assert both.keys == rooms.keys[:5]
+    for name in ("image", "depth", "normals", "semantic", "instances"):
+        assert (getattr(both, name) == getattr(rooms, name)[:5]).all(), name
+    with pytest.raises(UsageError, match="is in two of them"):
+        load_scenes([first, first], cache=str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match="at least one label set"):
+        load_scenes([], cache=str(tmp_path / "cache"))
 
 
 def test_halving_averages_pictures_and_picks_labels(rooms):

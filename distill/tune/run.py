@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ TASKS = tuple(DEFAULT_WEIGHTS)
 def tune(
     *,
     teacher: str,
-    data: str,
+    data: str | Sequence[str],
     out: str,
     init: str | None = None,
     steps: int = 20000,
@@ -61,7 +61,7 @@ def tune(
 
     Args:
         teacher: the generator to tune: ``mini``.
-        data: a label set with all four tasks (`distill scenes`).
+        data: a label set with all four tasks (`distill scenes`), or several.
         out: run folder: state, log, sheets, ``generator.safetensors`` (averaged weights).
         init: weights to start from (``*.safetensors`` with its card); only for a new run.
         steps: total steps of the plan; the first ``generate_steps`` only draw from captions, the

@@ -10,12 +10,15 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from distill.data import merged_classes
 from teacher.errors import UsageError
 from teacher.label import Label, Task, unknown_class
 from teacher.store import LabelSet
@@ -125,20 +128,27 @@ def _check(label: Label, size: tuple[int, int], path: str) -> None:
         )
 
 
-def load_scenes(path: str, *, cache: str) -> Scenes:
-    """The sealed samples of label set ``path`` as arrays, cached in the folder ``cache``."""
-    label_set = LabelSet(path)
-    keys = list(label_set.keys)
-    if not keys:
-        raise UsageError(f"{path}: no sealed sample; wait for `distill scenes` or check the path")
-    first = label_set[keys[0]]
+def load_scenes(path: str | Sequence[str], *, cache: str) -> Scenes:
+    """The sealed samples of one or several label sets as arrays, cached in the folder ``cache``."""
+    paths = [path] if isinstance(path, str) else list(path)
+    if not paths:
+        raise UsageError("data=[]: expected at least one label set")
+    sets = [LabelSet(p) for p in paths]
+    for p, label_set in zip(paths, sets, strict=True):
+        if not len(label_set.keys):
+            raise UsageError(f"{p}: no sealed sample; wait for `distill scenes` or check the path")
+    keys = [key for label_set in sets for key in label_set.keys]
+    if len(set(keys)) < len(keys):
+        twice = Counter(keys).most_common(1)[0][0]
+        raise UsageError(f"{', '.join(paths)}: image {twice} is in two of them; render other seeds")
+    first = sets[0][keys[0]]
     size = (int(first.image.shape[0]), int(first.image.shape[1]))
     digest = hashlib.sha256(
         json.dumps([keys, size, LAM, C, CANONICAL_FOV_DEG]).encode()
     ).hexdigest()[:16]
     folder = Path(cache) / digest
     if not (folder / "facts.json").exists():
-        _build(label_set, keys, size, folder, path)
+        _build(paths, sets, size, folder)
         for other in Path(cache).iterdir():  # of the set before it grew
             if other != folder:
                 shutil.rmtree(other)
@@ -154,10 +164,13 @@ def load_scenes(path: str, *, cache: str) -> Scenes:
     )
 
 
-def _build(
-    label_set: LabelSet, keys: list[str], size: tuple[int, int], folder: Path, path: str
-) -> None:
+def _build(paths: list[str], sets: list[LabelSet], size: tuple[int, int], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    keys = [
+        (p, label_set, key)
+        for p, label_set in zip(paths, sets, strict=True)
+        for key in label_set.keys
+    ]
     arrays = {
         name: np.lib.format.open_memmap(
             folder / f"{name}.npy", mode="w+", dtype=dtype,
@@ -168,7 +181,7 @@ def _build(
     instance_class = np.full((len(keys), MAX_INSTANCES), NO_CLASS, np.uint8)
     captions: list[str] = []
     focal_px = size[1] / 2 / math.tan(math.radians(CANONICAL_FOV_DEG) / 2)
-    for i, key in enumerate(tqdm(keys, desc="cache scenes", unit="scene")):
+    for i, (path, label_set, key) in enumerate(tqdm(keys, desc="cache scenes", unit="scene")):
         label = label_set[key]
         _check(label, size, path)
         arrays["image"][i] = label.image
@@ -184,7 +197,7 @@ def _build(
     for array in arrays.values():
         array.flush()
     np.save(folder / "instance_class.npy", instance_class)
-    facts = {"captions": captions, "classes": label_set.classes, "focal_px": focal_px}
+    facts = {"captions": captions, "classes": merged_classes(sets), "focal_px": focal_px}
     temporary = folder / "facts.json.part"
     temporary.write_text(json.dumps(facts))
     temporary.replace(folder / "facts.json")

@@ -1,12 +1,14 @@
 """The mini teacher against truth: the bars of its issue, measured on a held-out label set.
 
 python -m tests.benchmarks.mini_teacher LABELS [--weights W] [--limit N] [--steps 1] [--seeds 1]
-    [--mirror] [--zoom] [--readings 8] [--sweep] [--base W] [--out report.json] [--sheet sheet.png]
+    [--mirror] [--crops 0] [--zoom] [--decoder] [--signs] [--readings 8] [--sweep] [--base W]
+    [--out report.json] [--sheet sheet.png]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time
@@ -20,8 +22,8 @@ from tqdm import tqdm
 
 from distill.tune.readings import STYLES, framed
 from distill.tune.scenes_cache import depth_codes, depth_of_codes_m
-from teacher import doubt, metrics, prompts
-from teacher.codecs.segmentation import PaletteCodec
+from teacher import calibrate, doubt, metrics, prompts
+from teacher.codecs.segmentation import InstanceCodec, PaletteCodec
 from teacher.consensus import variants
 from teacher.generators import Query
 from teacher.generators.mini import CLASS_MAX_DISTANCE, MiniTeacher
@@ -129,6 +131,46 @@ def judge_instances(rows: list[tuple[Label, Any]], classes: dict[int, str]) -> d
     }
     scores = [r["pq"] for n, r in found.items() if r["tp"] + r["fn"] >= 5]
     return {"pq": float(np.nanmean(scores)), "classes": len(scores)}
+
+
+def judge_decoder(teacher: MiniTeacher, labels: list[Label]) -> list[dict[str, float]]:
+    """PQ of the instance decoder over its colour noise and smallest instance."""
+    found, shipped = [], teacher.instance_codec
+    for noise, area in itertools.product((6.0, 12.0, 22.0), (2e-4, 1e-3)):
+        teacher.instance_codec = InstanceCodec.for_noise(noise, background="black", min_area=area)
+        rows = [(x, teacher.answer([query_of(x)], [Task.INSTANCES])[0][Task.INSTANCES])
+                for x in tqdm(labels, desc="decoder", leave=False)]  # fmt: skip
+        found.append({"noise": noise, "min_area": area, **judge_instances(rows, teacher.classes)})
+        print(found[-1], flush=True)
+    teacher.instance_codec = shipped
+    return found
+
+
+def judge_signs(teacher: MiniTeacher, labels: list[Label]) -> dict[str, dict[str, float]]:
+    """Error AUROC of depth as more signs of doubt are used; every other image is judged."""
+    parts = []
+    for label in tqdm(labels, desc="signs", leave=False):
+        answers = teacher.answer([query_of(label)], list(calibrate.TASKS))[0]
+        parts.append(calibrate.sample(label, answers, Task.DEPTH))
+    fitted, judged = calibrate.joined(parts[::2]), calibrate.joined(parts[1::2])
+    others = [n for n in fitted.signs if n.startswith(("residual_", "spread_"))]
+    groups = {
+        "own": [n for n in fitted.signs
+                if n not in others and not n.startswith(("near_", "image_"))],
+        "and of other answers": others,
+        "and image means": [n for n in fitted.signs if n.startswith("image_")],
+        "and blurred": [n for n in fitted.signs if n.startswith("near_")],
+    }  # fmt: skip
+    used: list[str] = []
+    found = {}
+    for group, names in groups.items():
+        used += names
+        some = [dataclasses.replace(p, signs={n: p.signs[n] for n in used})
+                for p in (fitted, judged)]  # fmt: skip
+        head = calibrate.fit_head(some[0].signs, some[0].right, None, lowest=0.0)
+        numbers = calibrate.judge(head, some[1])
+        found[group] = {k: numbers[k] for k in ("error_auroc", "brier_skill")}
+    return found
 
 
 def sweep(labels: list[Label], weights: str | None) -> list[dict[str, float]]:
@@ -271,6 +313,8 @@ def main() -> None:
     parser.add_argument("--mirror", action="store_true")
     parser.add_argument("--crops", type=int, default=0)
     parser.add_argument("--zoom", action="store_true", help="how well windows find wrong pixels")
+    parser.add_argument("--decoder", action="store_true", help="PQ over the decoder's settings")
+    parser.add_argument("--signs", action="store_true", help="depth AUROC over the signs of doubt")
     parser.add_argument("--readings", type=int, default=0, help="scenes to frame, 32 seeds each")
     parser.add_argument("--base", help="weights from before instruction tuning")
     parser.add_argument("--sweep", action="store_true")
@@ -316,6 +360,10 @@ def main() -> None:
     }  # fmt: skip
     if given.zoom:
         report["zoom"] = judge_zoom(teacher, labels)
+    if given.decoder:
+        report["decoder"] = judge_decoder(teacher, labels)
+    if given.signs:
+        report["signs"] = judge_signs(teacher, labels)
     if given.readings:
         report["readings"] = [
             judge_readings(teacher, labels[: given.readings], steps=steps, seeds=32)
