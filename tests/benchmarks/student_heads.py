@@ -3,6 +3,12 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/student_heads.py train=labels/x \\
         held=truth/held-out,truth/shifted out=out/heads steps=3000 heads
 
+    python tests/benchmarks/student_heads.py versus students=a/student.safetensors,b/... \\
+        held=truth/held-out answers=teacher/held-out [out=FILE]
+
+`versus` compares students with a teacher's stored answers to the same images (`distill label
+images=truth/held-out`), per image, by a paired bootstrap.
+
 Variants: heads (log, bins, mixture), augment (strong, geometry, none), tasks (both, depth alone,
 normals alone), decoder (fpn, dpt). Every variant takes the same images in the same order for the
 same steps; each is scored on every held-out set by `teacher.score`. The last lines compare each
@@ -69,11 +75,49 @@ def bootstrap(first: list[float], other: list[float]) -> tuple[float, float, flo
     return float(gain.mean()), float(low), float(high)
 
 
+def per_image(report: dict, task: str, measure: str) -> list[float]:
+    """One number per image of a report of `teacher.score`; NaN where there is none."""
+    values = [r[task][measure] for r in report["rows"] if task in r]
+    return [np.nan if v is None else v for v in values]
+
+
+def versus(students: list[str], held: LabelSet, answers: LabelSet) -> dict[str, dict[str, float]]:
+    """Students and a teacher's stored answers against truth, on the images that it answered."""
+    known = set(answers.keys)
+    asked = [label for label in held if label.key in known]
+    print(f"{len(asked)} of {len(held.keys)} images; {answers.path}")
+    found: dict[str, dict[str, float]] = {}
+    said = score(lambda x: answers[x.key].values, asked, tasks=list(NUMBERS))
+    for path in students:
+        model = load_student(path)
+        tasks = [t for t in NUMBERS if t in model.tasks]
+        report = score(predictor(model), asked, tasks=tasks)
+        for task in tasks:
+            for measure in NUMBERS[task]:
+                teacher, student = (per_image(r, task, measure) for r in (said, report))
+                gain = bootstrap(teacher, student)
+                found[f"{path} {task} {measure}"] = {
+                    "teacher": float(np.nanmean(teacher)), "student": float(np.nanmean(student)),
+                    "gain": gain[0], "low": gain[1], "high": gain[2],
+                }  # fmt: skip
+    for name, row in found.items():
+        print(f"{name}: teacher {row['teacher']:.4f}, student {row['student']:.4f}, difference "
+              f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]")  # fmt: skip
+    return found
+
+
 def main() -> None:
     """Train, score, compare; writes results.json into out."""
     options = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
     what = next(a for a in sys.argv[1:] if "=" not in a)
     torch.set_num_threads(1)
+    if what == "versus":
+        found = versus(
+            options["students"].split(","), LabelSet(options["held"]), LabelSet(options["answers"])
+        )
+        if "out" in options:
+            Path(options["out"]).write_text(json.dumps(found, indent=1))
+        return
     out = Path(options["out"])
     held = [LabelSet(p) for p in options["held"].split(",")]
     rows: dict[tuple, dict[str, list[float]]] = {}
@@ -101,8 +145,7 @@ def main() -> None:
             shown = []
             for task in tasks:
                 for measure in NUMBERS[task]:
-                    values = [r[task][measure] for r in report["rows"] if task in r]
-                    values = [np.nan if v is None else v for v in values]
+                    values = per_image(report, task, measure)
                     rows.setdefault((number, task, measure), {})[name] = values
                     shown.append(f"{measure} {np.nanmean(values):.4f}")
             print(f"{name:15s} set {number}: {', '.join(shown)}; {cpu_s:.0f} CPU s", flush=True)
