@@ -41,7 +41,7 @@ from distill.parallel import (
 )
 from distill.resume import alone_in, load_state
 from distill.run_folder import FORMAT, RUN, already, ancestors, identity_of, open_run
-from distill.samples import Frame
+from distill.samples import Frame, claimed_space
 from distill.start import start_from
 from distill.trainer import TrainerConfig, trainer_config
 from student.checkpoint import write_atomic
@@ -222,7 +222,24 @@ def _build(student: dict[str, Any], sets: Sequence[LabelSet]) -> Student:
             f"student.tasks={tasks}: no label set in data has {', '.join(absent)}; they have "
             f"{', '.join(offered)}"
         )
+    if Task.DEPTH in tasks:
+        _need_metres(sets)
     return Student(**student, classes=merged_classes(sets) if "semantic" in tasks else None)
+
+
+def _need_metres(sets: Sequence[LabelSet]) -> None:
+    """Refuse label sets whose depth is affine in all of them; each is judged by its first sample.
+
+    Such labels teach shape alone (`distill.losses_depth`), so nothing would hold the magnitude.
+    """
+    with_depth = [labels for labels in sets if Task.DEPTH in labels.tasks and len(labels)]
+    if with_depth and all(claimed_space(labels[labels.keys[0]]) for labels in with_depth):
+        raise UsageError(
+            f"data: the depth of {', '.join(str(labels.path) for labels in with_depth)} was made "
+            "metric by an assumed range (anchor=range), which teaches shape and no magnitude: the "
+            "student's metres would mean nothing. Add a set with metric depth (another anchor, a "
+            "sensor's: data=[affine,metric] weights=[9,1]), or leave depth out of student.tasks"
+        )
 
 
 def _precision(config: TrainerConfig, device: str) -> str:

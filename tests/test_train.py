@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from analytic_scenes import write_analytic_set
+from analytic_scenes import analytic_label, write_analytic_set
 
 from distill import conductor, module
 from distill.conductor import Stopped
@@ -22,6 +22,7 @@ from distill.train import train
 from distill.trainer import trainer_config
 from student.checkpoint import load_student
 from teacher.errors import EnvironmentFailure, UsageError
+from teacher.store import LabelSet, write_label_set
 
 STUDENT = {
     "backbone": "test_efficientnet",
@@ -366,6 +367,24 @@ def test_a_folder_with_something_else_or_another_run_is_refused(whole_run, label
             student=STUDENT,
             trainer={**TRAINER, "lr": 0.01},
         )
+
+
+def test_depth_without_any_metric_label_is_refused(labels, tmp_path):
+    """Shape alone would let the magnitude drift; one metric set beside it is enough."""
+
+    def affine(i):
+        label = analytic_label(100 + i, height=32, width=48)
+        label.provenance = {"alignment": {"anchor": "range", "space": "affine disparity"}}
+        return label
+
+    about = {"tasks": ["depth", "normals", "semantic"], "classes": LabelSet(labels).meta["classes"]}
+    write_label_set(tmp_path / "affine", n=16, make=affine, dataset=about)
+    lesson = {"out": str(tmp_path / "run"), "student": STUDENT}
+    lesson["trainer"] = TRAINER | {"steps": 2}
+    with pytest.raises(UsageError, match=r"affine was made metric by an assumed range"):
+        train(data=str(tmp_path / "affine"), **lesson)
+    assert not (tmp_path / "run").exists()
+    train(data=[str(tmp_path / "affine"), str(labels)], weights=[9, 1], **lesson)
 
 
 def test_a_damaged_label_set_is_refused_and_the_shard_named(labels, tmp_path):
