@@ -41,8 +41,8 @@ setup: .venv/installed
 
 lock:
 	$(PYTHON) -m pip install --quiet uv
-	uv pip compile pyproject.toml --extra dev --extra scenes --universal --python-version 3.11 \
-	  --generate-hashes --no-header --quiet -o requirements.lock
+	echo onnxconverter-common | uv pip compile pyproject.toml - --extra dev --extra scenes --extra precision \
+	  --universal --python-version 3.11 --generate-hashes --no-header --quiet -o requirements.lock
 
 clean:
 	rm -rf .venv out
