@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from teacher.errors import UsageError
 from teacher.label import Label
-from teacher.store import LabelSet
+from teacher.store import LabelSet, write_label_set
 
 CACHE_BYTES = 1 << 30  # of decoded labels per reference: judging asks for each several times
 TEACHER = "teacher"  # folder of the answers of a teacher that was asked now
@@ -113,13 +114,20 @@ def find_references(
 
 
 def ask(teacher: dict[str, Any], held_out: LabelSet, keys: Sequence[str], folder: Path) -> LabelSet:
-    """Let a live teacher label the held-out images, as a label set beside the report."""
+    """Let a live teacher label the images ``keys``, as a label set beside the report."""
     from teacher.jobs.run import label
 
+    chosen = hashlib.sha256(",".join(keys).encode()).hexdigest()[:12]
+    folder, images = folder / TEACHER / chosen, held_out.path
+    if len(keys) < len(held_out):  # a copy of the chosen ones: they alone cost the teacher's time
+        images = folder.with_name(f"{chosen}-images")
+        about: dict[str, Any] = {"keys": list(keys), "tasks": [str(t) for t in held_out.tasks]}
+        about |= {k: v for k, v in held_out.meta.items() if k in ("classes", "teacher")}
+        write_label_set(images, n=len(keys), make=lambda i: held_out[keys[i]], dataset=about)
     label(
         teacher=teacher,
-        images=str(held_out.path),
-        out=str(folder / TEACHER),
+        images=str(images),
+        out=str(folder),
         tasks=[str(t) for t in held_out.tasks],
         max_side=None,
         shard_size=64,
@@ -127,4 +135,4 @@ def ask(teacher: dict[str, Any], held_out: LabelSet, keys: Sequence[str], folder
         keep_pictures=False,
         threads=2,
     )
-    return LabelSet(folder / TEACHER)
+    return LabelSet(folder)

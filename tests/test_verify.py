@@ -15,7 +15,7 @@ from export.onnx_graph import export_student
 from export.verify import spread, verify
 from teacher.errors import UsageError
 from teacher.label import Task
-from teacher.store import hash_file
+from teacher.store import LabelSet, hash_file
 
 TASKS = ("depth", "normals", "semantic")
 
@@ -436,6 +436,18 @@ def test_a_budget_that_is_no_number_is_an_error_and_no_pass(place, value, text):
     node[place[-1]] = value
     with pytest.raises(UsageError, match=re.escape(text)):
         Budgets(table, ["depth"]).parity("depth", "fp32")
+
+
+def test_a_live_teacher_answers_the_judged_images_only(work, tmp_path):
+    out = tmp_path / "report"
+    asked = {"export": str(work / "export"), "labels": str(work / "truth"), "out": str(out)}
+    teacher = {"name": "truth", "labels": str(work / "truth")}
+    for limit, answered in ((1, 1), (2, 2), (None, 3)):
+        result = verify(**asked, teacher=teacher, limit=limit, tasks=["depth"])
+        assert result["exit"] == 0, result["summary"]
+        sets = [p.parent for p in out.glob("teacher/*/dataset.json") if p.parent.name[-1] != "s"]
+        assert answered in {len(LabelSet(p)) for p in sets}
+    assert sorted(len(LabelSet(p)) for p in sets) == [1, 2, 3]
 
 
 def test_a_teacher_can_be_named_on_the_command_line():
