@@ -24,10 +24,13 @@ COLUMNS = {  # metric -> heading, format
     "depth.delta1": ("depth δ1 ↑", "{:.3f}"),
     "depth.abs_rel": ("AbsRel ↓", "{:.3f}"),
     "depth_aligned.delta1": ("δ1 scaled ↑", "{:.3f}"),
+    "depth_aligned.abs_rel": ("AbsRel scaled ↓", "{:.3f}"),
+    "depth.boundary_f1": ("boundary F1 ↑", "{:.3f}"),
     "sky.iou": ("sky IoU ↑", "{:.3f}"),
     "normals.mean_deg": ("normals ° ↓", "{:.1f}"),
     "normals.within_11_25": ("< 11.25° ↑", "{:.3f}"),
     "semantic.miou": ("mIoU ↑", "{:.3f}"),
+    "instances.pq": ("PQ ↑", "{:.3f}"),
 }
 NUMBERS = {
     "depth.abs_rel": "AbsRel",
@@ -42,20 +45,50 @@ def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def score_table(result: Mapping[str, Any]) -> list[Row]:
-    """Heading and rows: who, against whom, the metrics that anybody has."""
+def _reports(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Who, against whom, and the scores: by reference, then teacher, student, artefacts."""
     reports = [
         (who, against, report)
         for who, by_reference in result["scores"].items()
         for against, report in by_reference.items()
     ]
     order = {"teacher": 0, REFERENCE: 1}
-    reports.sort(key=lambda item: (item[1], order.get(item[0], 2)))
+    return sorted(reports, key=lambda item: (item[1], order.get(item[0], 2)))
+
+
+def score_table(result: Mapping[str, Any]) -> list[Row]:
+    """Heading and rows: who, against whom, the metrics that anybody has."""
+    reports = _reports(result)
     used = [m for m in COLUMNS if any(lookup(r, m) is not None for _, _, r in reports)]
     rows: list[Row] = [["who", "against", *(COLUMNS[m][0] for m in used), "images"]]
     for who, against, report in reports:
         numbers = [_cell(lookup(report, m), COLUMNS[m][1]) for m in used]
         rows.append([NAMES.get(who, who), against, *numbers, str(report["images"])])
+    return rows
+
+
+def class_table(result: Mapping[str, Any]) -> list[Row]:
+    """Heading and rows: the IoU of every class that occurs, for everybody; empty without classes.
+
+    In order of the reference's pixels (the truth's, where there is one).
+    """
+    told = [
+        (f"{NAMES.get(who, who)} against {against}", report["set"]["semantic"]["per_class"])
+        for who, against, report in _reports(result)
+        if "semantic" in report["set"]
+    ]
+    if not told:
+        return []
+    pixels = {name: row["truth_pixels"] for _, table in told for name, row in table.items()}
+    names = [
+        name
+        for name in sorted(pixels, key=lambda n: -pixels[n])
+        if any(table.get(name, {}).get("iou") is not None for _, table in told)
+    ]
+    rows: list[Row] = [["class", "pixels", *(who for who, _ in told)]]
+    for name in names:
+        scores = [_cell(table.get(name, {}).get("iou"), "{:.3f}") for _, table in told]
+        rows.append([name, str(pixels[name]), *scores])
     return rows
 
 
@@ -126,6 +159,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "## Would TensorRT take the graphs (published operator tables)",
         table(readiness_rows(result)),
     ]
+    if classes := class_table(result):
+        parts[4:4] = ["## IoU of each class", table(classes)]
     if result["findings"]:
         parts += ["## Missed budgets", "\n".join(f"- {f['text']}" for f in result["findings"])]
     protocol = ", ".join(f"{k} {v}" for k, v in result["protocol"].items())
@@ -183,6 +218,7 @@ def html(result: Mapping[str, Any], judge: Judge) -> str:
     findings = "".join(f"<li>{escape(f['text'])}</li>" for f in result["findings"])
     keys = worst_first(result)[:PICTURED_IMAGES]
     images = "".join(_image(key, result, judge) for key in keys)
+    classes = class_table(result)
     runs = "".join(
         f"<li>{escape(n)}: {escape(str(r.get('runtime', r.get('error'))))}, sha256 "
         f"{r['sha256'][:16]}…</li>"
@@ -195,6 +231,7 @@ def html(result: Mapping[str, Any], judge: Judge) -> str:
 <h1>Verification of {escape(result["export"])}</h1>
 <p class="verdict{bad}">{escape(result["summary"])}</p>
 <h2>Scores: teacher, student and artefacts under one ruler</h2>{_html_table(score_table(result))}
+{f"<h2>IoU of each class</h2>{_html_table(classes)}" if classes else ""}
 <h2>Artefacts against the torch student, and against themselves</h2>
 {_html_table(parity_table(result))}
 <h2>Where they lose most: edges, far, dark, and single images</h2>

@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 
 from export.budgets import default_budgets
 from export.onnx_graph import export_student
+from export.report import class_table, score_table
 from export.verify import spread, verify
 from teacher.errors import UsageError
 from teacher.label import Task
@@ -73,6 +74,28 @@ def test_the_three_reports_tell_the_same(work, passed):
     for content in (text, page):
         assert number in content and "within every budget" in content and "teacher" in content
     assert page.count("data:image/") >= 3 * 10 and "http" not in page.replace("http-equiv", "")
+
+
+def test_tables_hold_boundary_f1_and_every_class(work, passed):
+    report = report_of(work)
+    head, *rows = score_table(report)
+    at = head.index("boundary F1 ↑")
+    told = {(r[0], r[1]): r[at] for r in rows}
+    for who in ("student.onnx", "teacher"):
+        mean = report["scores"][who]["truth"]["mean"]["depth"]["boundary_f1"]
+        assert told[who, "truth"] == f"{mean:.3f}"
+    head, *rows = class_table(report)
+    columns = {name: [r[i] for r in rows if r[i] != "–"] for i, name in enumerate(head)}
+    for who in ("student.onnx", "teacher"):
+        semantic = report["scores"][who]["truth"]["set"]["semantic"]
+        ious = np.array(columns[f"{who} against truth"], float)
+        assert ious.mean() == pytest.approx(semantic["miou"], abs=1e-3)
+        pixels = {name: str(row["truth_pixels"]) for name, row in semantic["per_class"].items()}
+        assert [r[1] for r in rows] == [pixels[r[0]] for r in rows]
+    assert [int(r[1]) for r in rows] == sorted((int(r[1]) for r in rows), reverse=True)
+    folder = work / "export" / "verify"
+    for name in ("report.md", "report.html"):
+        assert "IoU of each class" in (folder / name).read_text()
 
 
 def test_judging_again_runs_nothing_and_agrees(work, passed, monkeypatch):
