@@ -32,19 +32,27 @@ def calibrate(
     tasks: list[str],
     domain: str | None = None,
     limit: int | None = None,
+    held: str | None = None,
     checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """`fit_student` if there is a ``checkpoint``, else `teacher.calibrate.calibrate`.
 
-    With a ``checkpoint`` neither ``teacher`` nor ``tasks`` is looked at, and ``domain`` is refused:
-    the student carries its tasks, and the plan hash of ``labels`` as its domain.
+    With a ``checkpoint`` neither ``teacher`` nor ``tasks`` is looked at; ``domain`` and ``held``
+    are refused: its domain is the plan hash of ``labels``, and cross-validation judges.
     """
     if checkpoint is None:
         return calibrate_teacher(
-            teacher=teacher, labels=labels, out=out, tasks=tasks, domain=domain, limit=limit
+            teacher=teacher,
+            labels=labels,
+            out=out,
+            tasks=tasks,
+            domain=domain,
+            limit=limit,
+            held=held,
         )
-    if domain is not None:
-        raise UsageError(f"domain={domain}: a student takes none; leave it out, or checkpoint=")
+    for name, value in (("domain", domain), ("held", held)):
+        if value is not None:
+            raise UsageError(f"{name}={value}: a student takes none; leave it out, or checkpoint=")
     return fit_student(checkpoint=checkpoint, labels=labels, out=out, limit=limit)
 
 

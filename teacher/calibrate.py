@@ -193,6 +193,7 @@ def calibrate(
     tasks: list[str],
     domain: str | None = None,
     limit: int | None = None,
+    held: str | None = None,
 ) -> dict[str, Any]:
     """Ask a teacher about images with truth, learn when it is right, write ``out`` (JSON).
 
@@ -202,13 +203,21 @@ def calibrate(
         out: the calibration file.
         tasks: depth, normals, semantic; all that the label job will ask belong here.
         domain: name of the domain; null: the label set's folder name.
-        limit: at most so many images; null: all.
+        limit: at most so many images of each label set; null: all.
+        held: label set with truth to judge on, all of ``labels`` being fitted; null: one half of
+            ``labels`` is fitted, the other judged.
     """
     chosen = _chosen(tasks)
-    label_set = LabelSet(labels)
-    keys = list(label_set.keys)[:limit]
-    if len(keys) < 8:
-        raise UsageError(f"calibrate: {labels} has {len(keys)} images, expected at least 8")
+    sets = {folder: LabelSet(folder) for folder in (labels, held) if folder}
+    keys = {folder: list(label_set.keys)[:limit] for folder, label_set in sets.items()}
+    for folder, found in keys.items():
+        if len(found) < 8:
+            raise UsageError(f"calibrate: {folder} has {len(found)} images, expected at least 8")
+    if held and (both := set(keys[labels]) & set(keys[held])):
+        raise UsageError(
+            f"calibrate: {len(both)} images of held={held} are in labels={labels} too; judge on"
+            " others, or leave held out"
+        )
     asked = load_teacher(**teacher)
     lacking = [str(t) for t in chosen if t not in asked.tasks]
     if lacking:
@@ -221,11 +230,14 @@ def calibrate(
         {t: [] for t in chosen},
     )
     facts = []
-    for key in tqdm(keys, desc="calibrate", unit="img", mininterval=2):
-        label = label_set[key]
-        answers = answers_of(asked, label, chosen, labels)
-        facts.append(image_facts(label.image, answers))
-        half = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 2
+    every = [(folder, key) for folder, some in keys.items() for key in some]
+    for folder, key in tqdm(every, desc="calibrate", unit="img", mininterval=2):
+        label = sets[folder][key]
+        answers = answers_of(asked, label, chosen, folder)
+        if folder == labels:
+            facts.append(image_facts(label.image, answers))
+        by_key = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 2
+        half = by_key if held is None else int(folder == held)
         for task in chosen:
             halves[half][task].append(sample(label, answers, task))
     heads, report = {}, {}
@@ -243,7 +255,7 @@ def calibrate(
     name = domain or Path(labels.rstrip("/")).name
     made = Calibration(
         fingerprint(asked.describe()), Domain.of(name, facts), heads,
-        {"images": len(keys), "labels": labels, "tasks": report},
+        {"images": len(every), "labels": labels, "held": held, "tasks": report},
     )  # fmt: skip
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)

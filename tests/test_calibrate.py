@@ -8,7 +8,7 @@ from mini_rooms import room, write_rooms
 from PIL import Image
 
 from teacher import doubt, metrics
-from teacher.calibrate import calibrate
+from teacher.calibrate import calibrate, truth_of
 from teacher.confidence import Calibration, Domain
 from teacher.errors import UsageError
 from teacher.generators import Query
@@ -230,6 +230,31 @@ def test_the_report_judges_on_the_other_half(made):
     assert {"ece_flat", "ece_edges"} <= set(depth)
     assert json.loads(out.read_text())["report"]["images"] == 40
     assert "Brier skill" in result["summary"] and "domain 'rooms'" in result["summary"]
+
+
+def test_all_of_one_set_is_fitted_and_another_judged(made, rooms, tmp_path):
+    """The share that is right is the judged set's; the domain is the fitted one's."""
+    held = write_rooms(tmp_path / "held", n=8, **SIZE, start=60)
+    about = {"teacher": {"name": PLANNED}, "tasks": ["depth", "normals", "semantic"]}
+    both = calibrate(labels=rooms, held=held, out=str(tmp_path / "c.json"), **about)
+    fitted = Calibration.load(tmp_path / "c.json")
+    assert fitted.report["images"] == 48 and fitted.report["held"] == held
+    half = Calibration.load(made[0])
+    assert fitted.domain.limit == half.domain.limit  # every image of rooms, in both
+    assert not np.allclose(fitted.heads[Task.DEPTH].right, half.heads[Task.DEPTH].right)
+    shares = []
+    for seed in range(60, 68):
+        label, _, truth = labelled(seed, PlannedTeacher())
+        depth = [x.values[Task.DEPTH] for x in (label, truth)]
+        _, right = truth_of(Task.DEPTH, *depth)
+        shares.append(right[np.isfinite(depth[1])].mean())
+    assert both["tasks"]["depth"]["right"] == pytest.approx(np.mean(shares), abs=0.02)
+    for bad, message in (
+        ({"held": rooms}, "are in labels="),
+        ({"limit": 4}, "expected at least 8"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            calibrate(labels=rooms, out=str(tmp_path / "x.json"), **about, **bad)
 
 
 def test_the_file_comes_back_as_it_was(made):
