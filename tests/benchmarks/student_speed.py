@@ -1,19 +1,26 @@
 """How fast a student is and learns, side by side in one run.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/student_speed.py graph
+    OMP_NUM_THREADS=2 python tests/benchmarks/student_speed.py teacher
     OMP_NUM_THREADS=1 python tests/benchmarks/student_speed.py loader labels=labels/x
 
 graph: ``student=tiny`` (depth + normals, 256x320) in ONNX Runtime on one thread against the graph
 of Depth-Anything-V2-Small with random weights at the nearest size it takes (14 px steps), called
-in turns, best and median of N. loader: the loader alone against the training step, and the share of
+in turns, best and median of N. teacher: ``tiny`` and ``small`` for 96x128 against the shipped mini
+teacher's depth and normals, one asking and six (mirror and four windows), as many threads as
+OMP_NUM_THREADS. loader: the loader alone against the training step, and the share of
 a real run that is spent outside forward, backward and optimiser.
 """
 
+import functools
+import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -22,14 +29,16 @@ import yaml
 
 from export.onnx_graph import card_of, to_onnx
 from student.model import Student
+from teacher.generators import Query, load_teacher
+from teacher.label import Camera, Task
 
 ROUNDS = 7
 
 
-def session(data: bytes | str) -> onnxruntime.InferenceSession:
-    """One thread on the CPU."""
+def session(data: bytes | str, threads: int = 1) -> onnxruntime.InferenceSession:
+    """On the CPU."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
@@ -74,26 +83,57 @@ def graph() -> None:
         "tiny": (ours, {"image": np.zeros((1, height, width, 3), np.uint8)}),
         "theirs": (theirs, {theirs.get_inputs()[0].name: np.zeros((1, 3, *near), np.float32)}),
     }
-    wall: dict[str, list[float]] = {name: [] for name in pairs}
-    busy: dict[str, list[float]] = {name: [] for name in pairs}
+    in_turns(
+        {n: functools.partial(runtime.run, None, feed) for n, (runtime, feed) in pairs.items()},
+        repeat={"tiny": 5},
+        against="theirs",
+    )
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], *, repeat: dict[str, int], against: str) -> None:
+    """Call everything in turns; print wall and CPU ms, and how many times faster each is."""
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    busy: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(ROUNDS + 1):
-        for name, (runtime, feed) in pairs.items():
-            for _ in range(5 if name == "tiny" else 1):
+        for name, call in calls.items():
+            for _ in range(repeat.get(name, 1)):
                 at, cpu = time.perf_counter(), time.process_time()
-                runtime.run(None, feed)
+                call()
                 if round_number:
                     wall[name].append(1000 * (time.perf_counter() - at))
                     busy[name].append(1000 * (time.process_time() - cpu))
-    for name in pairs:
+    for name in calls:
         print(
             f"{name}: wall best {min(wall[name]):.1f} median {statistics.median(wall[name]):.1f}"
             f" ms; CPU best {min(busy[name]):.1f} median {statistics.median(busy[name]):.1f} ms"
         )
-    for kind, times in (("wall", wall), ("CPU", busy)):
-        print(
-            f"ratio ({kind}, best): {min(times['theirs']) / min(times['tiny']):.1f}x; median: "
-            f"{statistics.median(times['theirs']) / statistics.median(times['tiny']):.1f}x"
-        )
+    for name in calls:
+        for kind, times in (("wall", wall), ("CPU", busy)):
+            if name != against:
+                best = min(times[against]) / min(times[name])
+                middle = statistics.median(times[against]) / statistics.median(times[name])
+                print(f"{against} / {name} ({kind}): best {best:.1f}x, median {middle:.1f}x")
+
+
+def against_teacher() -> None:
+    """Students for 96x128 against the mini teacher on a picture of that size."""
+    threads = torch.get_num_threads()
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (96, 128, 3), np.uint8)
+    query = Query(key="0" * 24, image=image, camera=Camera.assumed(128, 96))
+    tasks = [Task.DEPTH, Task.NORMALS]
+    calls: dict[str, Callable[[], Any]] = {}
+    for name in ("tiny", "small"):
+        preset = Path(__file__).parents[2] / "conf" / "student" / f"{name}.yaml"
+        student = Student(**yaml.safe_load(preset.read_text()) | {"height": 96, "width": 128})
+        card = card_of(student.eval(), batch=1, focal_input=False)
+        runtime = session(to_onnx(student, card).SerializeToString(), threads)
+        calls[name] = functools.partial(runtime.run, None, {"image": image[None]})
+    for name, how in (("one asking", {}), ("six", {"mirror": True, "crops": 4})):
+        teacher = load_teacher(name="mini", **how)
+        calls[name] = functools.partial(teacher.answer, [query], tasks)
+    for against in ("one asking", "six"):
+        in_turns(calls, repeat={"tiny": 20, "small": 20, "one asking": 3}, against=against)
 
 
 def loader(labels: str) -> None:
@@ -125,6 +165,10 @@ def loader(labels: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "teacher":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        against_teacher()
+        sys.exit()
     torch.set_num_threads(1)
     if sys.argv[1] == "graph":
         graph()
