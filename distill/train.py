@@ -156,6 +156,8 @@ def _train(
         "licences": ledger,
     }
     refuse(of_student(ancestors(identity, model)), (licence or {}).get("refuse", []), what=out)
+    if Task.DEPTH in model.tasks:
+        _need_metres(sets, weights)
     folder = Path(out)
     finished = said_by_first(open_run(out, identity) if rank() == 0 else None)
     if finished:
@@ -222,17 +224,16 @@ def _build(student: dict[str, Any], sets: Sequence[LabelSet]) -> Student:
             f"student.tasks={tasks}: no label set in data has {', '.join(absent)}; they have "
             f"{', '.join(offered)}"
         )
-    if Task.DEPTH in tasks:
-        _need_metres(sets)
     return Student(**student, classes=merged_classes(sets) if "semantic" in tasks else None)
 
 
-def _need_metres(sets: Sequence[LabelSet]) -> None:
-    """Refuse label sets whose depth is affine in all of them; each is judged by its first sample.
+def _need_metres(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> None:
+    """Refuse depth that is affine in every set that is drawn from; its first sample speaks for it.
 
     Such labels teach shape alone (`distill.losses_depth`), so nothing would hold the magnitude.
     """
-    with_depth = [labels for labels in sets if Task.DEPTH in labels.tasks and len(labels)]
+    drawn = [s for s, w in zip(sets, weights or [1.0] * len(sets), strict=False) if w]
+    with_depth = [labels for labels in drawn if Task.DEPTH in labels.tasks and len(labels)]
     if with_depth and all(claimed_space(labels[labels.keys[0]]) for labels in with_depth):
         raise UsageError(
             f"data: the depth of {', '.join(str(labels.path) for labels in with_depth)} was made "

@@ -117,12 +117,13 @@ def ask(teacher: dict[str, Any], held_out: LabelSet, keys: Sequence[str], folder
     """Let a live teacher label the images ``keys``, as a label set beside the report."""
     from teacher.jobs.run import label
 
-    chosen = hashlib.sha256(",".join(keys).encode()).hexdigest()[:12]
+    pinned = ",".join([held_out.meta["plan_hash"], *keys])
+    chosen = hashlib.sha256(pinned.encode()).hexdigest()[:12]
     folder, images = folder / TEACHER / chosen, held_out.path
     if len(keys) < len(held_out):  # a copy of the chosen ones: they alone cost the teacher's time
         images = folder.with_name(f"{chosen}-images")
         about: dict[str, Any] = {"keys": list(keys), "tasks": [str(t) for t in held_out.tasks]}
-        about |= {k: v for k, v in held_out.meta.items() if k in ("classes", "teacher")}
+        about |= {k: v for k, v in held_out.meta.items() if k in ("classes", "teacher", "licences")}
         write_label_set(images, n=len(keys), make=lambda i: held_out[keys[i]], dataset=about)
     label(
         teacher=teacher,

@@ -30,7 +30,6 @@ COLUMNS = {  # metric -> heading, format
     "normals.mean_deg": ("normals ° ↓", "{:.1f}"),
     "normals.within_11_25": ("< 11.25° ↑", "{:.3f}"),
     "semantic.miou": ("mIoU ↑", "{:.3f}"),
-    "instances.pq": ("PQ ↑", "{:.3f}"),
 }
 NUMBERS = {
     "depth.abs_rel": "AbsRel",
@@ -70,7 +69,7 @@ def score_table(result: Mapping[str, Any]) -> list[Row]:
 def class_table(result: Mapping[str, Any]) -> list[Row]:
     """Heading and rows: the IoU of every class that occurs, for everybody; empty without classes.
 
-    In order of the reference's pixels (the truth's, where there is one).
+    In order of the reference's pixels: the truth's, where there is one.
     """
     told = [
         (f"{NAMES.get(who, who)} against {against}", report["set"]["semantic"]["per_class"])
@@ -79,16 +78,14 @@ def class_table(result: Mapping[str, Any]) -> list[Row]:
     ]
     if not told:
         return []
-    pixels = {name: row["truth_pixels"] for _, table in told for name, row in table.items()}
-    names = [
-        name
-        for name in sorted(pixels, key=lambda n: -pixels[n])
-        if any(table.get(name, {}).get("iou") is not None for _, table in told)
-    ]
+    pixels = {name: row["truth_pixels"] for name, row in told[-1][1].items()}
+    names = dict.fromkeys(
+        name for _, table in told for name, row in table.items() if row["iou"] is not None
+    )
     rows: list[Row] = [["class", "pixels", *(who for who, _ in told)]]
-    for name in names:
+    for name in sorted(names, key=lambda n: -pixels.get(n, 0)):
         scores = [_cell(table.get(name, {}).get("iou"), "{:.3f}") for _, table in told]
-        rows.append([name, str(pixels[name]), *scores])
+        rows.append([name, str(pixels.get(name, "–")), *scores])
     return rows
 
 

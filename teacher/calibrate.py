@@ -1,8 +1,8 @@
 """`distill calibrate`: learn on truth when a teacher is right, write `teacher.confidence`'s file.
 
 Confidence is fitted by logistic regression, uncertainty by the Laplace likelihood log b + |e| / b
-(so b is the mean |e|), on sampled pixels; a rising curve then puts each where it was found. Images
-are split in two by their keys: one half fits, the other judges, and no image is in both.
+(so b is the mean |e|), on sampled pixels; a rising curve then puts each where it was found. One
+half of the images fits, the other judges, by their keys; or another label set (``held``) judges.
 """
 
 from __future__ import annotations
@@ -218,6 +218,10 @@ def calibrate(
             f"calibrate: {len(both)} images of held={held} are in labels={labels} too; judge on"
             " others, or leave held out"
         )
+    if held and any(
+        sets[held].classes.get(k, name) != name for k, name in sets[labels].classes.items()
+    ):
+        raise UsageError(f"calibrate: held={held} and labels={labels} name their classes otherwise")
     asked = load_teacher(**teacher)
     lacking = [str(t) for t in chosen if t not in asked.tasks]
     if lacking:
@@ -237,7 +241,7 @@ def calibrate(
         if folder == labels:
             facts.append(image_facts(label.image, answers))
         by_key = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 2
-        half = by_key if held is None else int(folder == held)
+        half = int(folder == held) if held else by_key
         for task in chosen:
             halves[half][task].append(sample(label, answers, task))
     heads, report = {}, {}
@@ -255,7 +259,7 @@ def calibrate(
     name = domain or Path(labels.rstrip("/")).name
     made = Calibration(
         fingerprint(asked.describe()), Domain.of(name, facts), heads,
-        {"images": len(every), "labels": labels, "held": held, "tasks": report},
+        {"images": len(facts), "labels": labels, "held": held, "tasks": report},
     )  # fmt: skip
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)

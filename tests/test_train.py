@@ -384,7 +384,10 @@ def test_depth_without_any_metric_label_is_refused(labels, tmp_path):
     with pytest.raises(UsageError, match=r"affine was made metric by an assumed range"):
         train(data=str(tmp_path / "affine"), **lesson)
     assert not (tmp_path / "run").exists()
-    train(data=[str(tmp_path / "affine"), str(labels)], weights=[9, 1], **lesson)
+    both = [str(tmp_path / "affine"), str(labels)]
+    with pytest.raises(UsageError, match="assumed range"):  # the metric set is never drawn from
+        train(data=both, weights=[1, 0], **lesson)
+    train(data=both, weights=[9, 1], **lesson)
 
 
 def test_a_damaged_label_set_is_refused_and_the_shard_named(labels, tmp_path):

@@ -92,7 +92,8 @@ def test_tables_hold_boundary_f1_and_every_class(work, passed):
         assert ious.mean() == pytest.approx(semantic["miou"], abs=1e-3)
         pixels = {name: str(row["truth_pixels"]) for name, row in semantic["per_class"].items()}
         assert [r[1] for r in rows] == [pixels[r[0]] for r in rows]
-    assert [int(r[1]) for r in rows] == sorted((int(r[1]) for r in rows), reverse=True)
+    counts = [int(r[1]) for r in rows]
+    assert counts == sorted(counts, reverse=True) and sum(counts) == semantic["count"]
     folder = work / "export" / "verify"
     for name in ("report.md", "report.html"):
         assert "IoU of each class" in (folder / name).read_text()

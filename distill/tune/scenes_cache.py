@@ -137,6 +137,7 @@ def load_scenes(path: str | Sequence[str], *, cache: str) -> Scenes:
     for p, label_set in zip(paths, sets, strict=True):
         if not len(label_set.keys):
             raise UsageError(f"{p}: no sealed sample; wait for `distill scenes` or check the path")
+    classes = merged_classes(sets)
     keys = [key for label_set in sets for key in label_set.keys]
     if len(set(keys)) < len(keys):
         twice = Counter(keys).most_common(1)[0][0]
@@ -148,7 +149,7 @@ def load_scenes(path: str | Sequence[str], *, cache: str) -> Scenes:
     ).hexdigest()[:16]
     folder = Path(cache) / digest
     if not (folder / "facts.json").exists():
-        _build(paths, sets, size, folder)
+        _build(paths, sets, classes, size, folder)
         for other in Path(cache).iterdir():  # of the set before it grew
             if other != folder:
                 shutil.rmtree(other)
@@ -164,7 +165,13 @@ def load_scenes(path: str | Sequence[str], *, cache: str) -> Scenes:
     )
 
 
-def _build(paths: list[str], sets: list[LabelSet], size: tuple[int, int], folder: Path) -> None:
+def _build(
+    paths: list[str],
+    sets: list[LabelSet],
+    classes: dict[int, str],
+    size: tuple[int, int],
+    folder: Path,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keys = [
         (p, label_set, key)
@@ -197,7 +204,7 @@ def _build(paths: list[str], sets: list[LabelSet], size: tuple[int, int], folder
     for array in arrays.values():
         array.flush()
     np.save(folder / "instance_class.npy", instance_class)
-    facts = {"captions": captions, "classes": merged_classes(sets), "focal_px": focal_px}
+    facts = {"captions": captions, "classes": classes, "focal_px": focal_px}
     temporary = folder / "facts.json.part"
     temporary.write_text(json.dumps(facts))
     temporary.replace(folder / "facts.json")

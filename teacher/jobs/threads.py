@@ -33,7 +33,7 @@ def step_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             own = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, own, 19)
+            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + 10)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ a real run that is spent outside forward, backward and optimiser.
 """
 
 import functools
+import itertools
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,13 @@ def graph() -> None:
     in_turns(
         {n: functools.partial(runtime.run, None, feed) for n, (runtime, feed) in pairs.items()},
         repeat={"tiny": 5},
-        against="theirs",
+        against=["theirs"],
     )
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], *, repeat: dict[str, int], against: str) -> None:
+def in_turns(
+    calls: dict[str, Callable[[], Any]], *, repeat: dict[str, int], against: Sequence[str]
+) -> None:
     """Call everything in turns; print wall and CPU ms, and how many times faster each is."""
     wall: dict[str, list[float]] = {name: [] for name in calls}
     busy: dict[str, list[float]] = {name: [] for name in calls}
@@ -107,12 +110,12 @@ def in_turns(calls: dict[str, Callable[[], Any]], *, repeat: dict[str, int], aga
             f"{name}: wall best {min(wall[name]):.1f} median {statistics.median(wall[name]):.1f}"
             f" ms; CPU best {min(busy[name]):.1f} median {statistics.median(busy[name]):.1f} ms"
         )
-    for name in calls:
+    for slow, name in itertools.product(against, calls):
         for kind, times in (("wall", wall), ("CPU", busy)):
-            if name != against:
-                best = min(times[against]) / min(times[name])
-                middle = statistics.median(times[against]) / statistics.median(times[name])
-                print(f"{against} / {name} ({kind}): best {best:.1f}x, median {middle:.1f}x")
+            if name not in against:
+                best = min(times[slow]) / min(times[name])
+                middle = statistics.median(times[slow]) / statistics.median(times[name])
+                print(f"{slow} / {name} ({kind}): best {best:.1f}x, median {middle:.1f}x")
 
 
 def against_teacher() -> None:
@@ -132,8 +135,8 @@ def against_teacher() -> None:
     for name, how in (("one asking", {}), ("six", {"mirror": True, "crops": 4})):
         teacher = load_teacher(name="mini", **how)
         calls[name] = functools.partial(teacher.answer, [query], tasks)
-    for against in ("one asking", "six"):
-        in_turns(calls, repeat={"tiny": 20, "small": 20, "one asking": 3}, against=against)
+    repeat = {"tiny": 20, "small": 20, "one asking": 3}
+    in_turns(calls, repeat=repeat, against=["one asking", "six"])
 
 
 def loader(labels: str) -> None:
