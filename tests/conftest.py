@@ -1,6 +1,7 @@
 """Shared by all tests: one thread each, and small label sets with analytic truth."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,9 @@ import pytest
 from teacher.images import encode_png
 from teacher.label import Camera, Label, Task
 from teacher.store import content_key, write_label_set
+
+# `make test &` hands down an ignored SIGINT, which the jobs that tests interrupt would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLASSES = {0: "sky", 1: "ground", 2: "ball"}
 
