@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.tune.readings import STYLES, framed
@@ -23,12 +24,14 @@ from distill.tune.scenes_cache import (
     UNKNOWN_CODE,
     Scenes,
     depth_of_codes_m,
+    scaled_codes,
 )
 from teacher import prompts, wordings
 from teacher.prompts import KINDS, NOTATIONS, RGB
 
 DISTRACTORS = ("cat", "car", "tree", "person", "book", "cup", "dog", "curtain", "river", "bird",
                "guitar", "window blind", "plate", "shoe", "cloud", "bicycle")  # fmt: skip
+WINDOW_SIDES = (0.7, 1.0)  # of the sides of a scene that a window shows
 _CUBE = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1],
                   [1, 1, 1]], np.float32)  # fmt: skip
 
@@ -109,6 +112,64 @@ def _picture(rgb: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rgb.transpose(2, 0, 1))
 
 
+@dataclass(frozen=True)
+class Look:
+    """What of a scene a pair shows: all of it or a window brought to full size, mirrored or not.
+
+    ``top``, ``left``, ``height``, ``width`` of the window and ``size`` (H, W) of the scene, in px.
+    """
+
+    size: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+    mirror: bool
+
+    @classmethod
+    def whole(cls, size: tuple[int, int], mirror: bool) -> Look:
+        """The scene as it is, or its mirror image."""
+        return cls(size, 0, 0, *size, mirror)
+
+    @classmethod
+    def window(cls, size: tuple[int, int], mirror: bool, rng: np.random.Generator) -> Look:
+        """A window of `WINDOW_SIDES` of the sides, anywhere."""
+        share = rng.uniform(*WINDOW_SIDES)
+        h, w = (max(1, round(share * n)) for n in size)
+        top, left = (int(rng.integers(n - k + 1)) for n, k in zip(size, (h, w), strict=True))
+        return cls(size, top, left, h, w, mirror)
+
+    def truth(self, plane: np.ndarray) -> np.ndarray:
+        """A plane [H, W, ...] of truth, every pixel taken from one of the scene's, never mixed."""
+        rows = self.top + ((np.arange(self.size[0]) + 0.5) * self.height / self.size[0]).astype(int)
+        columns = ((np.arange(self.size[1]) + 0.5) * self.width / self.size[1]).astype(int)
+        columns = self.left + (columns[::-1] if self.mirror else columns)
+        return np.asarray(plane)[np.ix_(rows, columns)]
+
+    def depth(self, codes: np.ndarray) -> np.ndarray:
+        """Depth codes; a window is seen with a longer lens, so D_c = D f_c / f is smaller there."""
+        codes = self.truth(codes)
+        return (
+            codes if self.width == self.size[1] else scaled_codes(self.width / self.size[1])[codes]
+        )
+
+    def normals(self, normals: np.ndarray) -> np.ndarray:
+        """Normals [H, W, 3] of int8 as float32; the mirror negates x."""
+        found = self.truth(normals).astype(np.float32) / 127
+        if self.mirror:
+            found[..., 0] *= -1
+        return found
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] -> float32 in [0, 1]; windows are enlarged bilinearly."""
+        x = image[self.top : self.top + self.height, self.left : self.left + self.width]
+        x = (x[:, ::-1] if self.mirror else x).astype(np.float32) / 255
+        if x.shape[:2] == self.size:
+            return x
+        wide = F.interpolate(torch.from_numpy(_picture(x))[None], size=self.size, mode="bilinear")
+        return wide[0].permute(1, 2, 0).numpy()
+
+
 class Pairs:
     """Draws batches; ``weights`` gives the share of each kind of request."""
 
@@ -122,6 +183,7 @@ class Pairs:
         single_step_share: float = 0.35,
         colour_map_share: float = 0.1,
         two_readings_share: float = 0.0,
+        window_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         """``batch`` counts pairs; it is a multiple of ``prompts_per_image``.
@@ -129,7 +191,7 @@ class Pairs:
         ``two_readings_share`` of the images are framed (`readings.framed`) and asked for depth,
         if depth is asked at all; which reading is the answer depends on the sign of the whitened
         mean of the noise's first channel: a choice of the seed that one step can read off, each
-        reading for half of them.
+        reading for half of them. ``window_share`` of the images show a window of their scene.
         """
         assert batch % prompts_per_image == 0
         self.scenes, self.batch, self.per_image, self.seed = scenes, batch, prompts_per_image, seed
@@ -138,6 +200,7 @@ class Pairs:
         self.share = share / share.sum()
         self.single_step_share, self.colour_map_share = single_step_share, colour_map_share
         self.two_readings_share = two_readings_share if "depth" in self.kinds else 0.0
+        self.window_share = window_share
         self.tables = {name: colour_table(name) for name in prompts.COLOUR_MAPS}
         with np.errstate(divide="ignore"):
             self.log_depth = np.log(depth_of_codes_m()).astype(np.float32)
@@ -157,13 +220,16 @@ class Pairs:
         images, texts, kinds, answers, weights, truths = [], [], [], [], [], []
         for b, index in enumerate(at):
             mirror = bool(rng.random() < 0.5)
-            image = self._augmented(np.asarray(self.scenes.image[index]), mirror, rng)
-            truth = self._truth(int(index), mirror)
+            whole = look = Look.whole((h, w), mirror)
+            if self.window_share and rng.random() < self.window_share:
+                look = Look.window((h, w), mirror, rng)
+            image = self._augmented(int(index), look, rng)
+            truth = self._truth(int(index), look)
             readings: tuple[np.ndarray, ...] = ()
             if self.two_readings_share and rng.random() < self.two_readings_share:
                 style = str(rng.choice(STYLES))
-                codes = np.asarray(self.scenes.depth[index])
-                image, readings = framed(image, codes[:, ::-1] if mirror else codes, style=style)
+                codes = look.depth(self.scenes.depth[index])
+                image, readings = framed(image, codes, style=style)
                 truth = (truth[0] * np.nan, truth[1] * 0, truth[2] * 0 + NO_CLASS)
             images.append(image)
             truths.append(truth)
@@ -177,10 +243,15 @@ class Pairs:
                     text, answer = prompts.depth(rng=rng), self.tables["cube-walk"][codes]
                     weight = np.asarray(codes != UNKNOWN_CODE, np.float32)
                 else:
-                    text, answer, weight = self.pair(int(index), kind, mirror, mean[n], rng)
+                    shown = whole if kind == "generate" else look  # a caption tells of all
+                    text, answer, weight = self.pair(int(index), kind, shown, mean[n], rng)
                 texts.append(text)
                 kinds.append(KINDS.index(kind))
-                answers.append(image if answer is None else _picture(answer))
+                if answer is not None:
+                    answers.append(_picture(answer))
+                else:
+                    drawn = image if look is whole else self._augmented(int(index), whole, rng)
+                    answers.append(drawn)
                 weights.append(weight[None])
         s = torch.rand(self.batch, generator=torch_rng)
         single = torch.rand(self.batch, generator=torch_rng) < self.single_step_share
@@ -204,36 +275,29 @@ class Pairs:
             semantic=semantic,
         )
 
-    def _truth(self, index: int, mirror: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _truth(self, index: int, look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Log depth, normals and classes of a scene at every fourth pixel, see `Batch`."""
         at = (slice(2, None, 4), slice(2, None, 4))
-        flip = slice(None, None, -1) if mirror else slice(None)
-        depth, normals, semantic = (
-            np.asarray(plane[index])[:, flip][at]
-            for plane in (self.scenes.depth, self.scenes.normals, self.scenes.semantic)
-        )
-        normals = normals.astype(np.float32) / 127
-        if mirror:
-            normals[..., 0] *= -1
+        depth = look.depth(self.scenes.depth[index])[at]
+        normals = look.normals(self.scenes.normals[index])[at]
+        semantic = look.truth(self.scenes.semantic[index])[at]
         return self.log_depth[depth], _picture(normals), semantic.astype(np.int64)
 
-    def _augmented(self, image: np.ndarray, mirror: bool, rng: np.random.Generator) -> np.ndarray:
-        """Image as a picture, mirrored or not, with exposure, gamma and white balance jittered."""
-        x = image[:, ::-1] if mirror else image
-        x = (x.astype(np.float32) / 255) ** np.exp(rng.normal(0, 0.12))
+    def _augmented(self, index: int, look: Look, rng: np.random.Generator) -> np.ndarray:
+        """A look at a scene as a picture, with exposure, gamma and white balance jittered."""
+        x = look.image(self.scenes.image[index]) ** np.exp(rng.normal(0, 0.12))
         x = x * np.exp(rng.normal(0, 0.06, 3)).astype(np.float32) * np.exp(rng.normal(0, 0.08))
         x = x + rng.normal(0, rng.uniform(0, 0.015), x.shape)
         return _picture(np.clip(x, 0, 1).astype(np.float32) * 2 - 1)
 
     def pair(
-        self, index: int, kind: str, mirror: bool, mean: np.ndarray, rng: np.random.Generator
+        self, index: int, kind: str, look: Look, mean: np.ndarray, rng: np.random.Generator
     ) -> tuple[str, Any, np.ndarray]:
         """Prompt, answer [H, W, 3] (None: the image itself) and weight [H, W] of one request."""
         scenes = self.scenes
-        flip = slice(None, None, -1) if mirror else slice(None)
         ones = np.ones(scenes.image.shape[1:3], np.float32)
         if kind == "depth":
-            codes = np.asarray(scenes.depth[index])[:, flip]
+            codes = look.depth(scenes.depth[index])
             others = prompts.COLOUR_MAPS[1:]
             alternative = rng.random() < self.colour_map_share
             colour_map = str(rng.choice(others)) if alternative else "cube-walk"
@@ -244,18 +308,16 @@ class Pairs:
                 known,
             )
         if kind == "normals":
-            normals = np.asarray(scenes.normals[index])[:, flip].astype(np.float32) / 127
-            if mirror:
-                normals[..., 0] *= -1
+            normals = look.normals(scenes.normals[index])
             normals[~normals.any(-1)] = -1  # black: no surface, as NormalCodec encodes NaN
             return prompts.normals(rng=rng), normals, ones
         if kind == "semantic":
-            return self._semantic(np.asarray(scenes.semantic[index])[:, flip], rng)
+            return self._semantic(look.truth(scenes.semantic[index]), rng)
         if kind == "instances":
-            return self._instances(index, flip, mean, rng)
+            return self._instances(index, look, mean, rng)
         if kind == "generate":
             caption = scenes.captions[index]
-            if mirror:
+            if look.mirror:
                 caption = swap_sides(caption)
             return prompts.generate(caption, rng=rng), None, ones
         return prompts.unknown(rng=rng), None, ones * 0
@@ -298,9 +360,9 @@ class Pairs:
         return text, table[ids], np.asarray(weight[ids])
 
     def _instances(
-        self, index: int, flip: slice, mean: np.ndarray, rng: np.random.Generator
+        self, index: int, look: Look, mean: np.ndarray, rng: np.random.Generator
     ) -> tuple[str, np.ndarray, np.ndarray]:
-        ids = np.asarray(self.scenes.instances[index])[:, flip]
+        ids = look.truth(self.scenes.instances[index])
         classes = self.scenes.instance_class[index]
         area = np.bincount(classes[ids[ids > 0]], minlength=256).astype(float)
         area[NO_CLASS] = 0

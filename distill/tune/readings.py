@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distill.tune.scenes_cache import SKY_CODE, UNKNOWN_CODE, depth_codes, depth_of_codes_m
+from distill.tune.scenes_cache import depth_codes, scaled_codes
 
 SHARE = 0.75  # of the picture's sides, inside the frame
 WALL_M = 1.0
@@ -27,14 +27,7 @@ _FRAME = {"light": 0.75, "dark": -0.8}  # grey of the frame, in [-1, 1]
 _WALL = (0.2, 0.1, -0.1)
 
 
-def _scaled_codes(factor: float) -> np.ndarray:
-    """[65536] depth code -> code of ``factor`` times the depth; unknown and sky stay."""
-    table = depth_codes(depth_of_codes_m() * factor)
-    table[UNKNOWN_CODE], table[SKY_CODE - 1 :] = UNKNOWN_CODE, SKY_CODE
-    return table
-
-
-BEHIND, DOLLS = _scaled_codes(1 / SHARE), _scaled_codes(DOLL)
+BEHIND, DOLLS = scaled_codes(1 / SHARE), scaled_codes(DOLL)
 
 
 def _inside(height: int, width: int) -> tuple[slice, slice]:

@@ -48,6 +48,7 @@ def tune(
     task_weights: dict[str, float] | None = None,
     colour_map_share: float = 0.1,
     two_readings_share: float = 0.05,
+    window_share: float = 0.3,
     single_step_share: float = 0.5,
     held_back: float = 0.04,
     validate_every: int = 500,
@@ -72,6 +73,7 @@ def tune(
         task_weights: relative shares of depth, normals, semantic, instances.
         colour_map_share: depth answers in another colour map, named in the prompt.
         two_readings_share: images with two valid depths, each asked for either.
+        window_share: images that show a window of their scene, at full size.
         single_step_share: pairs at pure noise, which train the single-step answer.
         held_back: share of the scenes kept for validation; which ones depends on their keys alone.
         validate_every: steps between sheets (0: never).
@@ -116,6 +118,7 @@ def tune(
             "single_step_share": single_step_share,
             "colour_map_share": colour_map_share,
             "two_readings_share": two_readings_share,
+            "window_share": window_share,
             "seed": seed,
         }
         deadline = began + max_minutes * 60 if max_minutes else float("inf")

@@ -6,6 +6,7 @@ A cache is keyed by the label set's sealed samples; growing the set rebuilds it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -96,6 +97,14 @@ def depth_of_codes_m() -> np.ndarray:
         depth_m = -LAM * C * ((1 - u) ** -0.5 - 1)
     depth_m[UNKNOWN_CODE], depth_m[CODES:] = np.nan, np.nan
     return depth_m
+
+
+@functools.lru_cache(maxsize=256)
+def scaled_codes(factor: float) -> np.ndarray:
+    """[65536] depth code -> code of ``factor`` times the depth; unknown and sky stay."""
+    table = depth_codes(depth_of_codes_m() * factor)
+    table[UNKNOWN_CODE], table[SKY_CODE - 1 :] = UNKNOWN_CODE, SKY_CODE
+    return table
 
 
 def _instances(label: Label) -> tuple[np.ndarray, np.ndarray]:
