@@ -5,7 +5,7 @@ import pytest
 import torch
 from mini_rooms import room, write_rooms
 
-from distill.tune.pairs import Pairs, colour_table, instance_colours, swap_sides
+from distill.tune.pairs import Look, Pairs, colour_table, instance_colours, swap_sides
 from distill.tune.readings import framed
 from distill.tune.scenes_cache import (
     SKY_CODE,
@@ -148,12 +148,52 @@ def test_a_mirrored_pair_is_the_truth_of_the_mirrored_image(rooms):
     pairs = source(rooms, "normals")
     rng = np.random.default_rng(0)
     mean = np.zeros(3)
-    plain = pairs.pair(2, "normals", False, mean, rng)[1]
-    mirrored = pairs.pair(2, "normals", True, mean, rng)[1]
+    plain = pairs.pair(2, "normals", Look.whole((32, 48), False), mean, rng)[1]
+    mirrored = pairs.pair(2, "normals", Look.whole((32, 48), True), mean, rng)[1]
     known = np.asarray(rooms.normals[2]).any(-1)
     assert known.all()
     assert np.abs(mirrored[:, ::-1] * [-1, 1, 1] - plain).max() < 1e-6
     assert swap_sides("left of the right ball") == "right of the left ball"
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_window_is_the_truth_of_the_cropped_image_seen_by_its_own_lens(rooms, mirror):
+    """Right half, rows 8 to 24, twice as large: f is doubled, so canonical depth is halved."""
+    look = Look((32, 48), top=8, left=24, height=16, width=24, mirror=mirror)
+    metres = depth_of_codes_m()
+    at = (slice(8, 24), slice(24, 48))
+    turned = (slice(None), slice(None, None, -1) if mirror else slice(None))
+    seen = metres[look.depth(rooms.depth[1])]
+    assert seen[::2, ::2] == pytest.approx(metres[rooms.depth[1]][at][turned] / 2, rel=2e-3)
+    assert (seen[::2] == seen[1::2]).all() and (seen[:, ::2] == seen[:, 1::2]).all()
+    normals = rooms.normals[1][at][turned] / np.float32(127) * ([-1, 1, 1] if mirror else 1)
+    assert look.normals(rooms.normals[1])[::2, ::2] == pytest.approx(normals)
+    assert (look.truth(rooms.semantic[1])[1::2, 1::2] == rooms.semantic[1][at][turned]).all()
+    image = rooms.image[1][at][turned] / np.float32(255)
+    large = look.image(rooms.image[1])
+    assert large.shape == (32, 48, 3)
+    assert large.reshape(16, 2, 24, 2, 3).mean((1, 3)) == pytest.approx(image, abs=0.12)
+    sky = np.full((32, 48), SKY_CODE, np.uint16)
+    assert (look.depth(sky) == SKY_CODE).all()
+
+
+def test_windows_change_what_is_seen_and_asked_but_never_what_a_caption_draws(rooms):
+    shares = {"depth": 1.0, "generate": 1.0}
+    options = {"batch": 64, "prompts_per_image": 2, "colour_map_share": 0.0}
+    plain = Pairs(rooms, weights=shares, **options).draw(1)
+    windows = Pairs(rooms, weights=shares, window_share=1.0, **options).draw(1)
+    drawn = windows.kinds == KINDS.index("generate")
+    assert 16 < drawn.sum() < 48
+    # mean depth code of a window is that of nearer things: its lens is longer
+    assert windows.log_depth.nanmean() < plain.log_depth.nanmean() - 0.05
+    whole = [Look.whole((32, 48), m).image(i) for i in rooms.image for m in (False, True)]
+
+    def likeness(picture):
+        seen = ((picture + 1) / 2).permute(1, 2, 0).numpy().ravel()
+        return max(np.corrcoef(seen, w.ravel())[0, 1] for w in whole)
+
+    assert min(likeness(picture) for picture in windows.answer[drawn]) > 0.88
+    assert np.median([likeness(picture) for picture in windows.image]) < 0.88
 
 
 def test_generation_pairs_answer_with_the_image_and_see_none(rooms):

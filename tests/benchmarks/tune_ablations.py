@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from distill.tune.adapter import SIGHT_SHARE, Losses, MiniAdapter
 from distill.tune.module import TuneModule
-from distill.tune.pairs import Batch, Pairs
+from distill.tune.pairs import Batch, Look, Pairs
 from distill.tune.scenes_cache import (
     NO_CLASS,
     SKY_CODE,
@@ -223,7 +223,9 @@ def _asked(source: Pairs, kind: str, at: np.ndarray) -> Batch:
     for n, index in enumerate(at):
         rng = np.random.default_rng(seeds[n])
         image = source.scenes.image[index].transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
-        text, answer, weight = source.pair(int(index), kind, False, means[n], rng)
+        text, answer, weight = source.pair(
+            int(index), kind, Look.whole((h, w), False), means[n], rng
+        )
         images.append(image)
         texts.append(text)
         answers.append(image if answer is None else answer.transpose(2, 0, 1))
