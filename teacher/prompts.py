@@ -59,7 +59,8 @@ def fill(template: str, rng: np.random.Generator | None = None, **slots: str) ->
     """
     for name, texts in SLOTS.items():
         if f"{{{name}}}" in template:
-            slots[name] = texts[0] if rng is None else str(rng.choice(texts))
+            chosen = texts[0] if rng is None else str(rng.choice(texts))
+            slots[name] = chosen.format(**slots)  # "rest" names the background
     text = template.format(**slots)
     if rng is not None and rng.random() < 0.2:
         return str(rng.choice(OPENERS)) + text[:1].lower() + text[1:]
