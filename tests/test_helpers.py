@@ -28,9 +28,23 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threa
 
 
 @pytest.fixture
-def helped(monkeypatch):
+def helped(monkeypatch, small):
     """Even the smallest plan gets helper processes."""
     monkeypatch.setattr("teacher.jobs.engines.HELPED_FROM", 1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Even the smallest sample is worth sending."""
+    monkeypatch.setattr("teacher.jobs.helpers.WORTH_BYTES", 0)
+
+
+def larger_photos(folder: Path, n: int) -> Path:
+    """n photos that are worth a helper, in a plan that gets some."""
+    folder.mkdir()
+    for i in range(n):
+        Image.fromarray(np.full((240, 300, 3), 50 + i, np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
 
 
 def helpers_of(pid: int | None = None) -> list[psutil.Process]:
@@ -57,6 +71,7 @@ class Doubtful(PlaneTeacher):
         return answers
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("anchor", [None, {"name": "range", "near_m": 1.0, "far_m": 9.0}])
 def test_helpers_give_the_bytes_of_threads(tmp_path, monkeypatch, anchor):
     photos = write_photos(tmp_path / "photos")
@@ -74,13 +89,9 @@ def test_helpers_give_the_bytes_of_threads(tmp_path, monkeypatch, anchor):
     assert not helpers_of()
 
 
-@pytest.mark.usefixtures("helped")
 def test_two_workers_have_helpers_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i in range(102):  # workers read the threshold as it stands in the file
-        Image.fromarray(np.full((9, 9, 3), 50 + i, np.uint8)).save(photos / f"{i:03d}.png")
+    photos = larger_photos(tmp_path / "photos", 102)
     found, over = set(), threading.Event()
 
     def watch():
@@ -91,11 +102,12 @@ def test_two_workers_have_helpers_of_their_own(tmp_path, monkeypatch):
     watching = threading.Thread(target=watch)
     watching.start()
     teacher = {"name": "test_jobs:PlaneTeacher", "pause_s": 0.02}
-    run(photos, tmp_path / "two", teacher=teacher, shard_size=10, workers=2, threads=1)
+    sizes = {"shard_size": 10, "max_side": None, "threads": 1}
+    run(photos, tmp_path / "two", teacher=teacher, workers=2, **sizes)
     over.set()
     watching.join()
     assert len({parent for parent, _ in found}) == 2 and os.getpid() not in dict(found)
-    run(photos, tmp_path / "one", shard_size=10)
+    run(photos, tmp_path / "one", **sizes)
     same_shards(tmp_path / "one", tmp_path / "two")
 
 
@@ -133,10 +145,7 @@ def test_a_killed_helper_ends_the_job_with_exit_3_and_the_next_run_goes_on(tmp_p
 @pytest.fixture
 def job_process(tmp_path):
     """A job of its own with helpers, in the middle of its work."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i in range(120):
-        Image.fromarray(np.full((9, 9, 3), 50 + i, np.uint8)).save(photos / f"{i:03d}.png")
+    photos = larger_photos(tmp_path / "photos", 120)
     command = [sys.executable, "-m", "distill.cli", "label", "teacher=own", "shard_size=4"]
     command += ["teacher.name=test_jobs:PlaneTeacher", "+teacher.pause_s=0.1", "batch_size=1"]
     command += [f"images={photos}", f"out={tmp_path / 'set'}"]
@@ -209,7 +218,7 @@ class OwnError(Exception):
 
 
 @pytest.fixture
-def finish():
+def finish(small):
     helpers = Helpers(Raises(tasks=[Task.DEPTH]))
     yield helpers
     helpers.close()
@@ -231,6 +240,31 @@ def test_errors_cross_the_border_as_they_are(finish):
         finish(*asked(**{"raise": "own"}))
     assert len(finish.started) == 1  # and it lives on
     assert finish(*asked())[0][0] == ("jpg", b"file")
+
+
+def test_where_no_process_can_be_started_threads_do_the_work(finish, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr("teacher.jobs.helpers.subprocess.Popen", refuse)
+    assert finish(*asked()) == Finisher(tasks=[Task.DEPTH])(*asked())
+    assert not finish.started and len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_helper_that_cannot_even_start_is_named(finish, monkeypatch):
+    monkeypatch.setattr("teacher.jobs.helpers.START", "raise SystemExit(7)")
+    with pytest.raises(EnvironmentFailure, match="ended with exit code 7"):
+        finish(*asked())
+
+
+def test_small_samples_stay_here():
+    helpers = Helpers(Finisher(tasks=[Task.DEPTH]))
+    helpers(*asked(2.0, (300, 400)))
+    assert not helpers.started
+    helpers(*asked(2.0, (400, 400)))  # 7 bytes a pixel
+    assert len(helpers.started) == 1
+    helpers.close()
 
 
 class HomeOnly:

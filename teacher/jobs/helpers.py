@@ -28,6 +28,7 @@ from teacher.errors import EnvironmentFailure
 from teacher.jobs.samples import Finisher, Prepared
 from teacher.label import Answer, Task
 
+WORTH_BYTES = 1 << 20  # of image and answers; with less, the way there takes longer than the work
 ALIGNED = 64  # bytes; where an array may start in the shared memory
 LOOKS_UP_S = 5.0  # how often an idle helper asks whether its parent lives
 START = (
@@ -49,7 +50,7 @@ class Helpers:
     def __call__(
         self, item: Prepared, answers: dict[Task, Answer], scale: Answer | None
     ) -> tuple[list, dict]:
-        """What ``finish`` gives or raises, from a helper; from here if the answer cannot travel."""
+        """What ``finish`` gives or raises; from here if the sample is small or cannot travel."""
         assert item.encoded is not None
         data, suffix = item.encoded  # stays here: it is not looked at
         asked = (dataclasses.replace(item, encoded=(b"", suffix)), answers, scale)
@@ -58,10 +59,15 @@ class Helpers:
             words = pickle.dumps(asked, protocol=5, buffer_callback=buffers.append)
         except Exception:  # a user's own kind of answer
             return self.finish(item, answers, scale)
+        if sum(buffer.raw().nbytes for buffer in buffers) < WORTH_BYTES:
+            return self.finish(item, answers, scale)
         try:
             helper = self.idle.get_nowait()
         except queue.Empty:
-            helper = Helper(self.finish)
+            try:
+                helper = Helper(self.finish)
+            except OSError:  # no more processes, no nameless files here: it only takes longer
+                return self.finish(item, answers, scale)
             self.started.append(helper)
         kind, value = helper.ask(words, buffers)
         self.idle.put(helper)
@@ -85,18 +91,23 @@ class Helper:
 
     def __init__(self, finish: Finisher) -> None:
         """Start the process; it is ready when it first answers."""
-        self.memory = os.memfd_create("dense-distill")
         self.view = np.zeros(0, np.uint8)
-        self.pipe, theirs = Pipe()
-        numbers = [str(n) for n in (theirs.fileno(), self.memory, os.getpid())]
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", START, *numbers, *sys.path],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self.memory),
-                process_group=0,  # Ctrl-C is for the parent, which decides
-            )
-        self.pipe.send(finish)
+        with contextlib.ExitStack() as undo:
+            self.memory = os.memfd_create("dense-distill")
+            undo.callback(os.close, self.memory)
+            self.pipe, theirs = Pipe()
+            undo.callback(self.pipe.close)
+            numbers = [str(n) for n in (theirs.fileno(), self.memory, os.getpid())]
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", START, *numbers, *sys.path],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), self.memory),
+                    process_group=0,  # Ctrl-C is for the parent, which decides
+                )
+            undo.pop_all()
+        with contextlib.suppress(OSError):  # one that is gone already is found out by `ask`
+            self.pipe.send(finish)
 
     def ask(self, words: bytes, buffers: list[pickle.PickleBuffer]) -> tuple[str, Any]:
         """``("done", value)``, ``("failed", exception)`` or ``("unreadable", None)``."""
