@@ -35,8 +35,9 @@ def helped(monkeypatch, small):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Even the smallest sample is worth sending."""
+    """Even the smallest sample is worth sending, and waits for a helper."""
     monkeypatch.setattr("teacher.jobs.helpers.WORTH_BYTES", 0)
+    monkeypatch.setattr("teacher.jobs.helpers.START_WAIT_S", 60.0)
 
 
 def larger_photos(folder: Path, n: int) -> Path:
@@ -263,6 +264,15 @@ def test_small_samples_stay_here():
     helpers(*asked(2.0, (300, 400)))
     assert not helpers.started
     helpers(*asked(2.0, (400, 400)))  # 7 bytes a pixel
+    assert len(helpers.started) == 1
+    helpers.close()
+
+
+def test_nobody_waits_for_a_helper_to_start(monkeypatch):
+    monkeypatch.setattr("teacher.jobs.helpers.START", "import time; time.sleep(60)")
+    helpers, sample = Helpers(Finisher(tasks=[Task.DEPTH])), asked(2.0, (400, 400))
+    for _ in range(2):
+        assert helpers(*sample) == helpers.finish(*sample)
     assert len(helpers.started) == 1
     helpers.close()
 

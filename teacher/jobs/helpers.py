@@ -14,7 +14,6 @@ import mmap
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
@@ -31,8 +30,10 @@ from teacher.label import Answer, Task
 WORTH_BYTES = 1 << 20  # of image and answers; with less, the way there takes longer than the work
 ALIGNED = 64  # bytes; where an array may start in the shared memory
 LOOKS_UP_S = 5.0  # how often an idle helper asks whether its parent lives
-START = (
-    "import sys; sys.path[:] = sys.argv[4:]; "
+START_WAIT_S = 0.0  # how long a sample waits for a helper that has not started yet
+START = (  # signals are for the parent, which decides
+    "import signal, sys; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; "
+    "sys.path[:] = sys.argv[4:]; "
     "from teacher.jobs.helpers import serve; serve(*map(int, sys.argv[1:4]))"
 )
 Asked = tuple[Prepared, dict[Task, Answer], Answer | None]
@@ -50,7 +51,10 @@ class Helpers:
     def __call__(
         self, item: Prepared, answers: dict[Task, Answer], scale: Answer | None
     ) -> tuple[list, dict]:
-        """What ``finish`` gives or raises; from here if the sample is small or cannot travel."""
+        """What ``finish`` gives or raises: from a helper, or from here while none has started.
+
+        Small samples and answers that cannot travel stay here, too.
+        """
         assert item.encoded is not None
         data, suffix = item.encoded  # stays here: it is not looked at
         asked = (dataclasses.replace(item, encoded=(b"", suffix)), answers, scale)
@@ -69,6 +73,9 @@ class Helpers:
             except OSError:  # no more processes, no nameless files here: it only takes longer
                 return self.finish(item, answers, scale)
             self.started.append(helper)
+        if not helper.is_ready():
+            self.idle.put(helper)
+            return self.finish(item, answers, scale)
         kind, value = helper.ask(words, buffers)
         self.idle.put(helper)
         if kind == "unreadable":
@@ -90,8 +97,8 @@ class Helper:
     """One process, asked by one thread at a time; as nice as the thread that starts it."""
 
     def __init__(self, finish: Finisher) -> None:
-        """Start the process; it is ready when it first answers."""
-        self.view = np.zeros(0, np.uint8)
+        """Start the process, and do not wait for it."""
+        self.view, self.ready = np.zeros(0, np.uint8), False
         with contextlib.ExitStack() as undo:
             self.memory = os.memfd_create("dense-distill")
             undo.callback(os.close, self.memory)
@@ -108,6 +115,14 @@ class Helper:
             undo.pop_all()
         with contextlib.suppress(OSError):  # one that is gone already is found out by `ask`
             self.pipe.send(finish)
+
+    def is_ready(self) -> bool:
+        """Whether it has started (or ended before it did, which `ask` will find out)."""
+        if not self.ready and self.pipe.poll(START_WAIT_S):
+            with contextlib.suppress(EOFError, OSError):
+                self.pipe.recv()
+            self.ready = True
+        return self.ready
 
     def ask(self, words: bytes, buffers: list[pickle.PickleBuffer]) -> tuple[str, Any]:
         """``("done", value)``, ``("failed", exception)`` or ``("unreadable", None)``."""
@@ -145,12 +160,11 @@ class Helper:
 
 def serve(pipe_number: int, memory: int, parent: int) -> None:
     """The body of a helper: answer until the other end of the pipe is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent decides
     pipe = Connection(pipe_number)
     mapped = memoryview(b"")
     with contextlib.suppress(EOFError, OSError):
         finish: Finisher = pipe.recv()
+        pipe.send("ready")
         while True:
             while not pipe.poll(LOOKS_UP_S):
                 if os.getppid() != parent:  # somebody else holds a copy of the other end
