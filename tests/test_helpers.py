@@ -178,11 +178,12 @@ def test_no_helper_outlives_its_job(job_process, tmp_path, number):
         assert time.monotonic() < deadline and job_process.poll() is None
         time.sleep(0.02)
     job_process.send_signal(number)
+    job_process.wait(timeout=60)
+    assert not psutil.wait_procs(helpers, timeout=20)[1]
     said = job_process.communicate(timeout=60)[1]
     code = -9 if number == signal.SIGKILL else 128 + number
     assert job_process.returncode == code, said
     assert "Traceback" not in said
-    assert not psutil.wait_procs(helpers, timeout=20)[1]
 
 
 def asked(value=2.0, size=(4, 5), **extras):
