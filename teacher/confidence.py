@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from teacher import doubt
 from teacher.errors import UsageError
 from teacher.label import Answer, Label, Task, unknown_class
 
@@ -176,6 +175,8 @@ class Calibration:
         ``label.provenance["calibration"]`` names the domain, the distance to it and its limit;
         outside, its ``used`` is "none" and the label keeps what the teacher said of itself.
         """
+        from teacher import doubt  # needs scipy, which other jobs do without
+
         distance = self.domain.distance(image_facts(label.image, answers))
         inside = distance <= self.domain.limit
         label.provenance["calibration"] = {

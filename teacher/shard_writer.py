@@ -50,22 +50,20 @@ class ShardWriter:
         """Drop whatever was not committed."""
         self.abandon()
 
-    def add(
-        self,
-        label: Label,
-        *,
-        uri: str = "",
-        members: list | None = None,
-        summary: dict[str, Any] | None = None,
-    ) -> None:
-        """Append one labelled image; ``members`` and ``summary`` may come from other threads."""
+    def add(self, label: Label, *, uri: str = "", members: list | None = None) -> None:
+        """Append one labelled image; ``members``, if they exist already."""
+        members = members if members is not None else encode_members(label)
+        self.append(label.key, uri=uri, members=members, summary=summarise(label))
+
+    def append(self, key: str, *, uri: str, members: list, summary: dict[str, Any]) -> None:
+        """Append one labelled image that was encoded and summarised elsewhere."""
         start = self.tar.offset
-        for suffix, data in members if members is not None else encode_members(label):
-            info = tarfile.TarInfo(f"{label.key}.{suffix}")
+        for suffix, data in members:
+            info = tarfile.TarInfo(f"{key}.{suffix}")
             info.size, info.mode = len(data), 0o644  # time, owner and group stay 0
             self.tar.addfile(info, io.BytesIO(data))
-        row = {"key": label.key, "uri": uri, "state": "labelled", "offset": start}
-        self.rows.append(row | {"size": self.tar.offset - start} | (summary or summarise(label)))
+        row = {"key": key, "uri": uri, "state": "labelled", "offset": start}
+        self.rows.append(row | {"size": self.tar.offset - start} | summary)
 
     def reject(self, key: str, *, uri: str, reason: str) -> None:
         """Record an input that got no label, and why."""

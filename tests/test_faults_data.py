@@ -118,11 +118,11 @@ def test_what_can_be_rebuilt_is_rebuilt(jobs, photos, reference, whole_set, lost
     assert stamps(whole_set) == before
 
 
-@pytest.mark.parametrize("function", ["add", "_name", "write_index"])
+@pytest.mark.parametrize("function", ["append", "_name", "write_index"])
 def test_a_file_size_limit_in_shard_seal_and_ledger(jobs, photos, place, reference, function):  # noqa: F811
     """The kernel itself refuses the bytes (EFBIG); the second shard is hit, or the index."""
     fault = {"kind": "limit", "function": function, "bytes": 150}
-    fault["call"] = {"add": 4, "_name": 2, "write_index": 1}[function]
+    fault["call"] = {"append": 4, "_name": 2, "write_index": 1}[function]
     first = jobs.run(options(photos, place / "set"), fault)
     assert first["code"] == 3, first["text"]
     assert "File too large" in first["text"] and str(place / "set") in first["text"]

@@ -493,7 +493,7 @@ def test_a_signal_drops_what_waits_for_an_encoder(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return super().answer(queries, tasks)
 
-    monkeypatch.setattr("teacher.jobs.engines.encode_members", slow)
+    monkeypatch.setattr("teacher.jobs.samples.encode_members", slow)
     monkeypatch.setitem(globals(), "Stopped", Stopped)
     with pytest.raises(KeyboardInterrupt):
         run(
@@ -527,7 +527,7 @@ def test_the_teacher_does_not_wait_at_the_border_of_a_shard(tmp_path, monkeypatc
             waited.append(next_shard.wait(20))
         return encode_members(label)
 
-    monkeypatch.setattr("teacher.jobs.engines.encode_members", slow)
+    monkeypatch.setattr("teacher.jobs.samples.encode_members", slow)
     monkeypatch.setitem(globals(), "Eager", Eager)
     teacher = {"name": "test_jobs:Eager"}
     run(photos, tmp_path / "set", teacher=teacher, shard_size=2, batch_size=1)
@@ -548,7 +548,7 @@ def test_encoders_leave_core_and_lock_to_the_teacher(tmp_path, monkeypatch):
         seen["encoder"] = niceness()
         return encode_members(label)
 
-    monkeypatch.setattr("teacher.jobs.engines.encode_members", watched)
+    monkeypatch.setattr("teacher.jobs.samples.encode_members", watched)
     monkeypatch.setitem(globals(), "Watched", Watched)
     photos = write_photos(tmp_path / "photos", n=1)
     run(photos, tmp_path / "set", teacher={"name": "test_jobs:Watched"})

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,15 +22,17 @@ from teacher.confidence import Calibration
 from teacher.errors import EnvironmentFailure
 from teacher.generators import Query, Teacher
 from teacher.jobs.commit import WAITS_S, Lease, is_transient, patiently, this_host
+from teacher.jobs.helpers import Helpers
 from teacher.jobs.plan import Entry, Plan
-from teacher.jobs.samples import Prepared, answer_split, prepare, to_label
+from teacher.jobs.samples import Finisher, Prepared, answer_split, prepare
 from teacher.jobs.sources import Source
 from teacher.jobs.threads import ahead, impatient_pool, swift_handover
-from teacher.label import Answer, Label, LabelError, Task, validate
+from teacher.label import Answer, LabelError, Task
 from teacher.shard_writer import ShardWriter
-from teacher.shards import encode_members, seal_path, shard_name, summarise
+from teacher.shards import seal_path, shard_name
 
 Waiting = deque[tuple[Prepared, Future | None]]  # samples on their way to the tar, in order
+HELPED_FROM = 100  # inputs; a smaller job would be over before a helper process has started
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -110,7 +112,9 @@ class Claims:
 class Worker:
     """Labels shards of a plan in this process; decoding, teacher, encoding and commits overlap.
 
-    ``threads`` decode and encode; the teacher runs in the calling thread.
+    ``threads`` decode and encode; the teacher runs in the calling thread. In a larger plan each
+    encoding thread hands its work to a process of its own (`teacher.jobs.helpers`); `close` ends
+    those.
     """
 
     teacher: Teacher
@@ -130,6 +134,19 @@ class Worker:
         self.plan_hash = self.plan.hash
         self.showing = threading.Lock()  # two threads move the progress bar
         self.warned = False
+        self.finish = Finisher(
+            tasks=self.tasks,
+            anchor=self.anchor and dataclasses.replace(self.anchor, teacher=None),
+            calibration=self.calibration,
+            keep_pictures=self.keep_pictures,
+        )
+        helped = sys.platform == "linux" and len(self.plan.entries) >= HELPED_FROM
+        self.helpers = Helpers(self.finish) if helped else None
+
+    def close(self) -> None:
+        """End the helper processes; a later `run` starts new ones."""
+        if self.helpers is not None:
+            self.helpers.close()
 
     def run(self, numbers: Sequence[int], *, wait: bool) -> Tally:
         """Label and commit those of the given shards that nobody else does.
@@ -199,7 +216,7 @@ class Worker:
         size = 0
         for item, answer in zip(asked, answers, strict=True):
             with contextlib.suppress(LabelError):
-                size += sum(len(data) + 1024 for _, data in self._finish(item, *answer)[1])
+                size += sum(len(data) + 1024 for _, data in self.finish(item, *answer)[0])
         return teacher_s / len(items), size / len(items)
 
     def _pass(self, numbers: Sequence[int], bar: tqdm) -> None:
@@ -279,6 +296,7 @@ class Worker:
 
         Leaves the last two batches in ``waiting``; returns the seconds spent inside the teacher.
         """
+        finish: Callable[..., tuple[list, dict]] = self.helpers or self.finish
         teacher_s = 0.0
         for batch in self.plan.batches(writer.number):
             items = [next(prepared) for _ in batch]
@@ -291,7 +309,7 @@ class Worker:
             for item in items:
                 finished = None
                 if item.query is not None:
-                    finished = pool.submit(self._finish, item, *next(answers))
+                    finished = pool.submit(finish, item, *next(answers))
                 waiting.append((item, finished))
             self._drain(writer, waiting, bar, keep=2 * self.plan.batch_size)
         return teacher_s
@@ -312,17 +330,6 @@ class Worker:
             return [(answer, None) for answer in answers]
         return list(zip(answers, self.anchor.ask(queries, answer_split), strict=True))
 
-    def _finish(
-        self, item: Prepared, answers: dict[Task, Answer], scale: Answer | None
-    ) -> tuple[Label, list, dict]:
-        """Everything between the answer and the tar, in a worker thread."""
-        label = to_label(
-            item, answers, self.tasks, anchor=self.anchor, scale=scale, calibration=self.calibration
-        )
-        if not self.keep_pictures:
-            label.pictures.clear()
-        return validate(label), encode_members(label), summarise(label)
-
     def _write(self, writer: ShardWriter, item: Prepared, finished: Future | None) -> None:
         entry, reason = item.entry, item.reason
         if entry.duplicate_of:
@@ -330,10 +337,10 @@ class Worker:
             return
         if finished is not None:
             try:
-                label, members, summary = finished.result()
+                members, summary = finished.result()
             except LabelError as error:
                 reason = str(error)
             else:
-                writer.add(label, uri=entry.uri, members=members, summary=summary)
+                writer.append(entry.key, uri=entry.uri, members=members, summary=summary)
                 return
         writer.reject(entry.key, uri=entry.uri, reason=reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -126,8 +127,9 @@ def label(
     worker = recipe.build(models=models, source=source) if models else None
     announce(plan, folder, todo, worker or about, workers=workers)
     if worker is not None:
-        # an array task leaves shards that others have leased to them
-        tally = worker.run(todo, wait=count == 1)
+        with contextlib.closing(worker):
+            # an array task leaves shards that others have leased to them
+            tally = worker.run(todo, wait=count == 1)
     elif not todo:
         tally = Tally()
     elif engine == "ray":

@@ -16,8 +16,8 @@ from teacher.generators import Query, Teacher
 from teacher.images import ImageError, bounded, encode_png, read
 from teacher.jobs.plan import Entry, forget_key
 from teacher.jobs.sources import Source
-from teacher.label import Answer, Camera, Label, LabelError, Task, coverage
-from teacher.shards import content_key
+from teacher.label import Answer, Camera, Label, LabelError, Task, coverage, validate
+from teacher.shards import content_key, encode_members, summarise
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -117,6 +117,31 @@ def to_label(
     if calibration is not None:
         calibration.apply(label, answers)
     return label
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finisher:
+    """Everything between the answer and the tar; plain enough to be sent to another process.
+
+    ``anchor`` aligns and is not asked: its teacher stays where it was loaded.
+    """
+
+    tasks: Sequence[Task]
+    anchor: Anchor | None = None
+    calibration: Calibration | None = None
+    keep_pictures: bool = False
+
+    def __call__(
+        self, item: Prepared, answers: dict[Task, Answer], scale: Answer | None
+    ) -> tuple[list[tuple[str, bytes]], dict[str, Any]]:
+        """Members of the tar and the index row; `LabelError` when the image must be rejected."""
+        label = to_label(
+            item, answers, self.tasks, anchor=self.anchor, scale=scale, calibration=self.calibration
+        )
+        if not self.keep_pictures:
+            label.pictures.clear()
+        validate(label)
+        return encode_members(label), summarise(label)
 
 
 def estimated(camera: Camera, answer: Answer) -> Camera:
