@@ -20,7 +20,7 @@ A YAML beside the model (or given as ``io=``), every key spelt here and nowhere 
       semantic: {name: logits, layout: NCHW, is: logits}            # or ids
     classes: {0: floor, 1: wall}    # of logits: one each, in order of the ids
     precision: fp32              # whose budgets of conf/task apply
-    sha256: "..."                # optional; another file is then refused
+    sha256: "..."                # or a list; other files are then refused. An engine needs it
 
 `Adapter` turns letterboxed bytes into the feed, and what comes out into `export.artefact`'s form.
 The file is data: nothing in it is imported, called or evaluated.
@@ -63,7 +63,7 @@ class Description:
     outputs: dict[str, dict[str, str]]
     classes: dict[int, str]
     precision: str
-    sha256: str
+    sha256: tuple[str, ...]
 
     def card(self) -> Card:
         """What `export.artefact` would say of such a model."""
@@ -163,8 +163,12 @@ def _checked(file: Path, table: Any) -> Description:
         outputs=outputs,
         classes={int(k): str(v) for k, v in (table.get("classes") or {}).items()},
         precision=str(table.get("precision", "fp32")),
-        sha256=str(table.get("sha256", "")),
+        sha256=tuple(str(h) for h in _listed(table.get("sha256"))),
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _only(table: Any, keys: tuple[str, ...], where: str) -> None:

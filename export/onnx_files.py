@@ -12,11 +12,10 @@ from pathlib import Path, PurePosixPath
 
 import onnx
 
-from export.artefact import ArtefactError
+from export.artefact import MAX_ELEMENTS, ArtefactError
 
 MAX_MODEL_BYTES = 1 << 31  # protobuf's own limit
 MAX_EXTERNAL_BYTES = 1 << 35
-MAX_ELEMENTS = 1 << 31  # of one tensor
 MAX_NODES = 100_000
 RESIZE_MODES = ("nearest", "linear")
 
