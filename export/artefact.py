@@ -129,7 +129,7 @@ def card_from_metadata(metadata: Mapping[str, str], *, where: str) -> Card:
         found["classes"] = {int(k): str(v) for k, v in found["classes"].items()}
         card = Card(**found)
         _check(card)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{where}: its metadata is damaged: {error}.") from error
     if version > VERSION:
         raise ArtefactError(

@@ -100,13 +100,14 @@ def draw(result: Mapping[str, Any]) -> bytes:
     for axis, metric in zip(figure.axes, metrics, strict=False):
         heading, least = AXES[metric]
         told = points(result, metric)
-        for i, (name, (x, y)) in enumerate(sorted(told.items(), key=lambda p: p[1][1])):
-            axis.scatter([x], [y], s=36)
+        colour = {name: f"C{i}" for i, name in enumerate(result["artefacts"])}
+        for i, (name, (x, y)) in enumerate(sorted(told.items(), key=lambda p: p[1])):
+            axis.scatter([x], [y], s=36, color=colour[name])
             axis.annotate(
                 short(name),
                 (x, y),
                 fontsize=8,
-                xytext=(6, (5, -11)[i % 2]),  # neighbours in height: one above, one below
+                xytext=(6, (5, -11)[i % 2]),  # neighbours: one above, one below
                 textcoords="offset points",
             )
         axis.set_xlim(0, max(x for x, _ in told.values()) * 1.35)
@@ -117,7 +118,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
             axis.invert_yaxis()
         axis.set_xlabel(f"p50 at batch {smallest_batch(result)} [ms]")
         references = sorted({a["against"] for a in result["accuracy"].values()})
-        axis.set_ylabel(f"{heading} against the {' or '.join(references)} (better is up)")
+        axis.set_ylabel(f"{heading} against the {' or '.join(references)} (up: better)", size=9)
         axis.grid(alpha=0.25)
     if not metrics:
         figure.axes[0].set_axis_off()

@@ -8,6 +8,7 @@ Numbers of two runs are compared only if their conditions are the same (`conditi
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -339,8 +340,13 @@ def _read_earlier(path: str) -> dict[str, Any]:
             raise ValueError(f"format {table['format']!r}")
         if strange := {"conditions", "artefacts"} - set(table):
             raise ValueError(f"without {sorted(strange)}")
+        table["conditions"] = dict(table["conditions"])
+        for row in table["artefacts"].values():
+            for told in row["batches"].values():
+                if not 0 < float(told["p50_ms"]) < math.inf:
+                    raise ValueError(f"p50_ms {told['p50_ms']}")
         return table
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"against={path}: no bench.json of `distill bench` ({error}).") from error
 
 

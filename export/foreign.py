@@ -36,11 +36,18 @@ from typing import Any
 
 import numpy as np
 
-from export.artefact import MAX_DEPTH_M, MAX_PIXELS, MIN_DEPTH_M, ArtefactError, Card
+from export.artefact import (
+    MAX_BATCH_PIXELS,
+    MAX_DEPTH_M,
+    MAX_PIXELS,
+    MIN_DEPTH_M,
+    ArtefactError,
+    Card,
+)
 from teacher.errors import UsageError
 from teacher.label import Camera
 
-MAX_BYTES = 1 << 20
+MAX_BYTES, DEEPEST = 1 << 18, 8
 KEYS = ("image", "batch", "focal_px", "outputs", "classes", "precision", "sha256")
 IMAGE_KEYS = ("name", "layout", "dtype", "size", "scale", "mean", "std", "channels")
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -89,7 +96,14 @@ def read_description(path: str | Path) -> Description:
     if not file.is_file() or file.stat().st_size > MAX_BYTES:
         raise ArtefactError(f"io={file}: found no (small) file, expected a YAML (export.foreign).")
     try:
-        table = yaml.safe_load(file.read_text())
+        text, depth = file.read_text(), 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+                what = "aliases (*name)" if depth <= DEEPEST else f"more than {DEEPEST} levels"
+                raise ArtefactError(f"io={file}: has {what}; write plain tables.")
+        table = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ArtefactError(f"io={file}: not readable YAML: {error}.") from error
     try:
@@ -131,6 +145,8 @@ def _checked(file: Path, table: Any) -> Description:
     batch = None if table.get("batch") is None else int(table["batch"])
     if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1, or null for any")
+    if (batch or 1) * sides[0] * sides[1] > MAX_BATCH_PIXELS:
+        raise ValueError(f"batch is {batch}, too many images of {sides}")
     outputs = {}
     for name, options in table["outputs"].items():
         if name not in CHOICES:

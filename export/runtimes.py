@@ -180,7 +180,7 @@ class TorchRuntime:
 
     def __enter__(self) -> Self:
         """Take the asked number of threads; fp32 means fp32, also in a GPU's convolutions."""
-        cudnn = self.torch.backends.cudnn
+        cudnn: Any = self.torch.backends.cudnn
         self.before = self.torch.get_num_threads(), cudnn.allow_tf32
         self.torch.set_num_threads(self.threads)
         cudnn.allow_tf32 = False
@@ -188,7 +188,8 @@ class TorchRuntime:
 
     def __exit__(self, *_: object) -> None:
         """Give torch its former settings back."""
-        threads, self.torch.backends.cudnn.allow_tf32 = self.before
+        cudnn: Any = self.torch.backends.cudnn
+        threads, cudnn.allow_tf32 = self.before
         self.torch.set_num_threads(threads)
 
     def __call__(self, images: np.ndarray, focal_px: np.ndarray | None = None) -> Answers:

@@ -93,7 +93,7 @@ def read_sidecar(engine: Path) -> Sidecar:
         if version > VERSION:
             raise ArtefactError(f"{path}: version {version}; this program reads up to {VERSION}.")
         return Sidecar(**table | {"profile": Profile(**table["profile"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtefactError(f"{path}: not a sidecar of `distill export` ({error}).") from error
 
 

@@ -239,6 +239,11 @@ def test_what_the_numbers_do_not_say_is_written_beside_them(tmp_path, monkeypatc
     (tmp_path / "b.json").write_text('{"format": "dense-distill/bench"}')
     with pytest.raises(UsageError, match=r"no bench\.json of .*without \['artefacts', 'condit"):
         bench(**given, batches=[1], against=str(tmp_path / "b.json"))
+    for row in ([], {"batches": []}, {"batches": {"1": {}}}, {"batches": {"1": {"p50_ms": 0}}}):
+        text = {"format": "dense-distill/bench", "conditions": {}, "artefacts": {"half.onnx": row}}
+        (tmp_path / "b.json").write_text(json.dumps(text))
+        with pytest.raises(UsageError, match=r"no bench\.json of `distill bench`"):
+            bench(**given, batches=[1], against=str(tmp_path / "b.json"))
 
 
 def test_race_and_probe(measured):

@@ -308,7 +308,9 @@ def test_only_engines_whose_hash_we_wrote_are_loaded(made, tmp_path):
         open_runtime(engine)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "x"}', "nonsense", '{"format": null}'])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"format": "x"}', "nonsense", '{"format": null}', "[" * 200_000]
+)
 def test_damaged_sidecars_are_refused(tmp_path, text):
     (tmp_path / "a.engine").write_bytes(b"plan")
     (tmp_path / "a.engine.json").write_text(text)

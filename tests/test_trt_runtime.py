@@ -4,6 +4,7 @@ import ctypes
 import inspect
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from test_verify_foreign import describe, foreign_model
 from trt_stub import VERSIONS, FakeCuda, StubTensorRT
 
 from export import cuda, trt_engine, trt_runtime
+from export.answers import batch_sizes
 from export.artefact import ArtefactError
 from export.bench_probe import Entrant, operators, picture
 from export.runtimes import open_runtime
@@ -77,6 +79,29 @@ def test_an_engine_is_judged_at_every_batch_of_its_profile(tmp_path, device):
     bad = verify(export=str(engine), reference=str(file), **given)
     told = [f["text"] for f in bad["findings"] if f["check"] == "consistency"]
     assert len(told) == 1 and "depth other_batch is 0.1 relative" in told[0]
+
+
+def fourth_row_wrong(name, array):
+    array[3:4] *= 1.1
+    return array
+
+
+def test_a_batch_of_one_still_asks_for_permuted_and_identical_rows(tmp_path, device):
+    """Judged image by image, an engine for up to eight must agree with itself at eight."""
+    labels = make_labels(tmp_path / "labels", n=2, tasks=("depth",))
+    _, engine = built(tmp_path, device, profile=(1, 1, 8), spoil=fourth_row_wrong)
+    given = {"labels": str(labels.path), "out": str(tmp_path / "out"), "batch": 1}
+    bad = verify(export=str(engine), **given)
+    told = {f["measure"] for f in bad["findings"] if f["check"] == "consistency"}
+    assert told == {"depth permuted", "depth identical_rows"}  # of one row, neither could be seen
+
+
+@pytest.mark.parametrize("most, asked", [(5, [1, 2, 3, 4, 5]), (64, list(range(1, 65)))])
+def test_every_batch_size_of_a_profile_is_asked(most, asked):
+    runtime = SimpleNamespace(largest=most, card=SimpleNamespace(batch=None))
+    assert batch_sizes(runtime, 4) == asked
+    huge = batch_sizes(SimpleNamespace(largest=200, card=runtime.card), 4)
+    assert {1, 2, 3, 4, 5, 8, 16, 192, 200} <= set(huge) and max(huge) == 200
 
 
 def test_time_by_layer_is_what_tensorrt_reports(tmp_path, device):
