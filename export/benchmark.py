@@ -85,9 +85,9 @@ def bench(
             raise UsageError(f"export={export}: nothing there runs: {failed}")
         size = _one_size(runtimes)
         refuse_all_too_large(runtimes, batches)
-        load = [os.getloadavg()[0]]
+        load, others = [os.getloadavg()[0]], others_running()
         where = conditions(
-            provider=provider, threads=threads, rounds=rounds, size=size, load=load[0]
+            provider=provider, threads=threads, rounds=rounds, size=size, others=others
         )
         if earlier is not None:
             same_conditions(earlier["conditions"], where, str(against))
@@ -119,8 +119,8 @@ def bench(
     }
     if where["busy"]:
         result["notes"].append(
-            f"the load was {load[0]:.1f} on {where['cores']} core(s): wall times are those of a "
-            "busy machine; CPU ms is what the artefact itself took"
+            f"{others:g} other threads were running on {where['cores']} core(s): wall times are "
+            "those of a busy machine; CPU ms is what the artefact itself took"
         )
     if earlier is not None:
         result["against"] = ratios(earlier, table)
@@ -272,12 +272,13 @@ def race(
 
 
 def conditions(
-    *, provider: str, threads: int, rounds: int, size: tuple[int, int], load: float
+    *, provider: str, threads: int, rounds: int, size: tuple[int, int], others: float
 ) -> dict[str, Any]:
     """What two runs must share for their numbers to be compared.
 
-    ``busy``: whether more processes wanted to run (``load``) than there are cores.
+    ``busy``: whether ``others``, the threads that run beside us, leave fewer cores than we use.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -285,8 +286,8 @@ def conditions(
         cpu = models[0].partition(":")[2].strip() if models else cpu
     return {
         "cpu": cpu,
-        "cores": usable_cores(),
-        "busy": load > usable_cores(),
+        "cores": cores,
+        "busy": others + threads > (cores or 1),
         "gpu": _gpu() if provider != "cpu" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -296,6 +297,18 @@ def conditions(
         "rounds": rounds,
         "size": list(size),
     }
+
+
+def others_running(samples: int = 20) -> float:
+    """Threads of others that run or wait for a core now; the load average lags by minutes."""
+    told = Path("/proc/loadavg")
+    if not told.is_file():
+        return os.getloadavg()[0]
+    counts = []
+    for _ in range(samples):
+        time.sleep(0.05)
+        counts.append(int(told.read_text().split()[3].partition("/")[0]) - 1)  # without us
+    return float(np.median(counts))
 
 
 def _version(package: str) -> str | None:

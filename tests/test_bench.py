@@ -1,6 +1,9 @@
 """`distill bench`: what it measures, what it says, and what it refuses to compare."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from export.benchmark import (
     conditions,
     find_entrants,
     measure,
+    others_running,
     race,
     same_conditions,
 )
@@ -85,7 +89,7 @@ def test_artefacts_take_turns(measured):
 
 def test_numbers_of_other_conditions_are_not_compared(measured, monkeypatch):
     folder, _ = measured
-    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("export.benchmark.others_running", lambda: -1.0)
     bench(export=str(folder), threads=1, batches=[1], rounds=3)
     earlier = folder / "bench" / "bench.json"
     same = bench(
@@ -103,18 +107,18 @@ def test_numbers_of_other_conditions_are_not_compared(measured, monkeypatch):
     assert set(same["artefacts"]) == {"a.onnx"}
     with pytest.raises(UsageError, match=r"other conditions \(rounds: 3 then, 4 now\)"):
         bench(export=str(folder), threads=1, batches=[1], rounds=4, against=str(earlier))
-    now = conditions(provider="cpu", threads=1, rounds=3, size=(16, 24), load=0.0)
+    now = conditions(provider="cpu", threads=1, rounds=3, size=(16, 24), others=0.0)
     assert now["torch"] and now["onnxruntime"] and now["tensorrt"] is None
     with pytest.raises(UsageError, match=r"torch: '1\.0' then"):
         same_conditions(now | {"torch": "1.0"}, now, "x")
     with pytest.raises(UsageError, match="cpu: 'an abacus' then"):
         same_conditions(now | {"cpu": "an abacus"}, now, "x")
-    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    monkeypatch.setattr("export.benchmark.others_running", lambda: 99.0)
     given = {"export": str(folder), "threads": 1, "batches": [1], "rounds": 3}
     with pytest.raises(UsageError, match="busy: False then, True now"):
         bench(**given, against=str(earlier))
     bench(**given, out=str(folder / "busy"))
-    assert "the load was 99.0 on 1 core(s)" in (folder / "busy" / "bench.md").read_text()
+    assert "99 other threads were running on" in (folder / "busy" / "bench.md").read_text()
     (folder / "other.json").write_text('{"format": "x"}')
     with pytest.raises(UsageError, match=r"no bench\.json of `distill bench`"):
         bench(export=str(folder), against=str(folder / "other.json"))
@@ -244,6 +248,19 @@ def test_what_the_numbers_do_not_say_is_written_beside_them(tmp_path, monkeypatc
         (tmp_path / "b.json").write_text(json.dumps(text))
         with pytest.raises(UsageError, match=r"no bench\.json of `distill bench`"):
             bench(**given, batches=[1], against=str(tmp_path / "b.json"))
+
+
+def test_a_thread_that_runs_beside_us_is_seen_at_once():
+    quiet = others_running(5)
+    loop = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(loop) for _ in range(4)]
+    try:
+        time.sleep(0.3)
+        assert others_running(20) >= 2 and quiet >= 0
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def test_race_and_probe(measured):
