@@ -30,6 +30,7 @@ from teacher.jobs.commit import replace_atomically
 from teacher.store import LabelSet, hash_file
 
 INPUTS, RUN = "inputs", "run.json"
+MOST_SIZES = 64
 BATCHES = (1, 2, 3, 5, 8)  # besides the main one: small, odd, and not a multiple of any tile
 
 
@@ -187,51 +188,51 @@ def consistency(
     """How far the artefact contradicts itself, per output: the largest gap of each question.
 
     ``repeat`` the same batch twice; ``permuted`` the rows in reverse; ``identical_rows`` one image
-    in every row; ``other_batch`` the same images in batches of other sizes: every one of an
-    engine's profile, `BATCHES` where N is free. No reference is needed.
+    in every row, both of ``batch`` and of the largest one; ``other_batch`` the same images in
+    batches of other sizes: every one of an engine's profile, `BATCHES` where N is free. No
+    reference is needed.
     """
+    names = [n for n in runtime.card.outputs if n != "semantic_logits"]
+    worst: dict[str, dict[str, float]] = {name: {} for name in names}
+    for question, found, expected in _questions(runtime, keys, folder, batch=batch):
+        for name in names:
+            gap = worst_gap(name, found[name], expected[name])
+            worst[name][question] = max(gap, worst[name].get(question, 0.0))
+    return worst
+
+
+def _questions(
+    runtime: Runtime, keys: Sequence[str], folder: Path, *, batch: int
+) -> Iterator[tuple[str, Answers, Answers]]:
+    """(question, answers, answers that they must equal), one after the other: they are large."""
     sizes = batch_sizes(runtime, batch)
     most = max(sizes)
     chosen = [keys[i % len(keys)] for i in range(most)]
     _, images, focal_px = next(batches(folder, chosen, most))
     first = runtime(images[:batch], focal_px[:batch])
-    other: dict[str, list[tuple[Answers, Answers]]] = {
-        "repeat": [(runtime(images[:batch], focal_px[:batch]), first)],
-        "permuted": [
-            (
-                _rows(runtime(images[:batch][::-1], focal_px[:batch][::-1]), slice(None, None, -1)),
-                first,
-            )
-        ],
-    }
-    same = runtime(np.repeat(images[:1], batch, 0), np.repeat(focal_px[:1], batch))
-    other["identical_rows"] = [(same, {n: np.repeat(a[:1], batch, 0) for n, a in same.items()})]
+    yield "repeat", runtime(images[:batch], focal_px[:batch]), first
     whole = runtime(images, focal_px) if most > batch else first
-    other["other_batch"] = [
-        (runtime(images[:n], focal_px[:n]), _rows(whole, slice(0, n)))
-        for n in sizes
-        if n not in (batch, most)
-    ]
-    other["other_batch"].append((first, _rows(whole, slice(0, batch))))
-    return {
-        name: {
-            question: max(worst_gap(name, a[name], b[name]) for a, b in pairs)
-            for question, pairs in other.items()
-        }
-        for name in runtime.card.outputs
-        if name != "semantic_logits"
-    }
+    for n, straight in {batch: first, most: whole}.items():
+        turned = runtime(images[:n][::-1], focal_px[:n][::-1])
+        yield "permuted", _rows(turned, slice(None, None, -1)), straight
+        same = runtime(np.repeat(images[:1], n, 0), np.repeat(focal_px[:1], n))
+        rows = {name: np.repeat(a[:1], n, 0) for name, a in same.items()}
+        yield "identical_rows", same, rows
+    yield "other_batch", first, _rows(whole, slice(0, batch))
+    for n in sizes:
+        if n not in (batch, most):
+            yield "other_batch", runtime(images[:n], focal_px[:n]), _rows(whole, slice(0, n))
 
 
 def batch_sizes(runtime: Runtime, batch: int) -> list[int]:
-    """The batch sizes to be asked: all of a profile, up to 16 of them; else a choice."""
+    """The batch sizes to be asked: all of a profile, up to `MOST_SIZES` of them; else a choice."""
     if runtime.card.batch is not None:
         return [batch]
     if runtime.largest is None:
         return sorted({batch, *BATCHES})
-    if runtime.largest <= 16:
+    if runtime.largest <= MOST_SIZES:
         return list(range(1, runtime.largest + 1))
-    return sorted({batch, *(n for n in (*BATCHES, 16) if n <= runtime.largest), runtime.largest})
+    return sorted({batch, *BATCHES, *range(16, runtime.largest, 16), runtime.largest})
 
 
 def _rows(answers: Answers, which: slice) -> Answers:

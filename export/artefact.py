@@ -23,6 +23,8 @@ PREFIX = "dense_distill."
 FRAME = "camera frame: x right, y up, z toward the viewer; a wall facing the camera is (0, 0, 1)"
 MIN_DEPTH_M, MAX_DEPTH_M = 1e-3, 1e5  # the graph's own clip: what comes out is always finite
 MAX_PIXELS = 1 << 26  # an artefact that claims a larger image is refused
+MAX_BATCH_PIXELS = 1 << 28  # and a fixed batch that has more of them
+MAX_ELEMENTS = 1 << 31  # of one tensor
 
 
 class ArtefactError(UsageError):
@@ -127,7 +129,7 @@ def card_from_metadata(metadata: Mapping[str, str], *, where: str) -> Card:
         found["classes"] = {int(k): str(v) for k, v in found["classes"].items()}
         card = Card(**found)
         _check(card)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{where}: its metadata is damaged: {error}.") from error
     if version > VERSION:
         raise ArtefactError(
@@ -146,6 +148,8 @@ def _check(card: Card) -> None:
             raise ValueError(f"{name} is {size!r}, expected a whole number of at least 1")
     if card.height * card.width > MAX_PIXELS:
         raise ValueError(f"image size {card.height}x{card.width}")
+    if (card.batch or 1) * card.height * card.width > MAX_BATCH_PIXELS:
+        raise ValueError(f"batches of {card.batch} images of {card.height}x{card.width}")
     for name in ("focal_px", "canonical_focal_px"):
         length = getattr(card, name)
         if not (isinstance(length, int | float) and 0 < length < math.inf):

@@ -8,6 +8,7 @@ Numbers of two runs are compared only if their conditions are the same (`conditi
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -15,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from export.artefact import ArtefactError, plain
-from export.bench_probe import operators, picture, probe
+from export.bench_probe import Entrant, operators, picture, probe
 from export.bench_report import draw, markdown
 from export.precision import HALF
-from export.runtimes import Runtime, open_runtime
+from export.runtimes import Runtime
 from teacher.cores import usable_cores
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
@@ -39,7 +41,7 @@ OWN = {REPORT, "bench.md", "bench.png"}
 
 def bench(
     *,
-    export: str,
+    export: str | Sequence[str],
     out: str | None = None,
     provider: str = "cpu",
     threads: int | None = None,
@@ -50,49 +52,57 @@ def bench(
     """Measure every artefact of a folder; writes ``bench.json``, ``bench.md``, ``bench.png``.
 
     Args:
-        export: folder that `distill export` wrote, or one model of ours.
+        export: folder that `distill export` wrote, or one model of ours; or several, whose
+            artefacts then all take turns.
         out: folder of the report; None: ``export``/bench.
-        provider: where ``.onnx`` must run: cpu, cuda, tensorrt.
+        provider: where ``.onnx`` must run: cpu, cuda, tensorrt. On a GPU the student itself runs
+            there as well, in fp32 and in torch's fp16 and bf16.
         threads: CPU threads; None: all cores of this process.
         batches: images per call, each measured.
         rounds: calls of each artefact per batch size; p99 of fewer than 100 is its maximum.
         against: an earlier ``bench.json``; refused if it was made under other conditions.
     """
-    paths = _find(Path(export))
+    sources = [Path(s) for s in ([export] if isinstance(export, str) else export)]
     threads = usable_cores() if threads is None else threads
+    entrants = find_entrants(sources, provider=provider, threads=threads)
     if rounds < 1 or not batches or min(batches) < 1:
         raise UsageError(f"rounds={rounds} batches={list(batches)}: expected at least 1.")
+    if out is None and len(sources) > 1:
+        raise UsageError(f"export={export}: of several folders, so out=FOLDER must be given.")
     earlier = _read_earlier(against) if against is not None else None
-    folder = Path(out) if out is not None else _folder_of(Path(export)) / "bench"
-    judged = accuracy(_folder_of(Path(export)))
+    folder = Path(out) if out is not None else _folder_of(sources[0]) / "bench"
+    judged = accuracy(entrants)
     _open_folder(folder)  # before an hour of measuring, not behind it
     with ExitStack() as stack:
         runtimes: dict[str, Runtime] = {}
         failed: dict[str, str] = {}
-        for name, path in paths.items():
+        for name, entrant in entrants.items():
             try:
-                runtime = open_runtime(path, provider=provider, threads=threads)
-                runtimes[name] = stack.enter_context(runtime)
+                runtimes[name] = stack.enter_context(entrant.open())
             except ArtefactError as error:
                 failed[name] = str(error)
         if not runtimes:
             raise UsageError(f"export={export}: nothing there runs: {failed}")
         size = _one_size(runtimes)
         refuse_all_too_large(runtimes, batches)
-        where = conditions(provider=provider, threads=threads, rounds=rounds, size=size)
+        load, others = [os.getloadavg()[0]], others_running()
+        where = conditions(
+            provider=provider, threads=threads, rounds=rounds, size=size, others=others
+        )
         if earlier is not None:
             same_conditions(earlier["conditions"], where, str(against))
         times = {str(n): measure(runtimes, size, n, rounds=rounds) for n in batches}
+        load.append(os.getloadavg()[0])
         facts = {name: r.facts for name, r in runtimes.items()}
     table = {
         name: {
             "precision": r.card.precision,
-            "bytes": _bytes(paths[name]),
-            "sha256": hash_file(paths[name]),
+            "bytes": _bytes(entrants[name].path),
+            "sha256": hash_file(entrants[name].path),
             "runtime": facts[name],
             "batches": {n: told[name] for n, told in times.items() if name in told},
-            **probe(paths[name], provider=provider, threads=threads),
-            "operators": operators(paths[name], size, provider=provider, threads=threads),
+            **probe(entrants[name]),
+            "operators": operators(entrants[name], size),
         }
         for name, r in runtimes.items()
     }
@@ -101,12 +111,17 @@ def bench(
         "version": 1,
         "summary": summary(table, str(min(batches))),
         "conditions": where,
-        "load": {"start": os.getloadavg()[0]},
+        "load": dict(zip(("start", "end"), load, strict=True)),
         "artefacts": table,
         "failed": failed,
         "notes": notes(runtimes, batches, provider=provider),
         "accuracy": judged,
     }
+    if where["busy"]:
+        result["notes"].append(
+            f"{others:g} other threads were running on {where['cores']} core(s): wall times are "
+            "those of a busy machine; CPU ms is what the artefact itself took"
+        )
     if earlier is not None:
         result["against"] = ratios(earlier, table)
     replace_atomically(folder / REPORT, json.dumps(plain(result), indent=1).encode() + b"\n")
@@ -115,15 +130,32 @@ def bench(
     return {"summary": result["summary"], "report": str(folder / "bench.md"), "artefacts": table}
 
 
-def _find(source: Path) -> dict[str, Path]:
+def find_entrants(sources: Sequence[Path], *, provider: str, threads: int) -> dict[str, Entrant]:
+    """Name -> what is timed; of several folders the names begin with the folder's."""
+    entrants: dict[str, Entrant] = {}
+    for source in sources:
+        prefix = f"{_folder_of(source).resolve().name}/" if len(sources) > 1 else ""
+        for path in _find(source):
+            halves = HALF if path.suffix == ".safetensors" and provider != "cpu" else ()
+            for precision in ("", *halves):
+                name = f"{prefix}{path.name}" + (f" in {precision}" if precision else "")
+                if name in entrants:
+                    raise UsageError(f"export={source}: two of the name {name}; rename a folder.")
+                entrants[name] = Entrant(
+                    path=path, provider=provider, threads=threads, precision=precision or "fp32"
+                )
+    return entrants
+
+
+def _find(source: Path) -> list[Path]:
     if source.is_file():
-        return {source.name: source}
+        return [source]
     found = [
         p for p in sorted(source.glob("*")) if p.suffix in (".onnx", ".engine", ".safetensors")
     ]
     if not found:
         raise UsageError(f"export={source}: found no model there, expected `distill export`'s out.")
-    return {p.name: p for p in found}
+    return found
 
 
 def _folder_of(source: Path) -> Path:
@@ -240,11 +272,13 @@ def race(
 
 
 def conditions(
-    *, provider: str, threads: int, rounds: int, size: tuple[int, int]
+    *, provider: str, threads: int, rounds: int, size: tuple[int, int], others: float
 ) -> dict[str, Any]:
-    """What two runs must share for their numbers to be compared."""
-    import onnxruntime as ort
+    """What two runs must share for their numbers to be compared.
 
+    ``busy``: whether ``others``, the threads that run beside us, leave fewer cores than we use.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -252,17 +286,39 @@ def conditions(
         cpu = models[0].partition(":")[2].strip() if models else cpu
     return {
         "cpu": cpu,
-        "cores": usable_cores(),
+        "cores": cores,
+        "busy": others + threads > (cores or 1),
         "gpu": _gpu() if provider != "cpu" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "onnxruntime": ort.__version__,
-        "numpy": np.__version__,
+        **{name: _version(name) for name in ("onnxruntime", "torch", "tensorrt", "numpy")},
         "provider": provider,
         "threads": threads,
         "rounds": rounds,
         "size": list(size),
     }
+
+
+def others_running(samples: int = 20) -> float:
+    """Threads of others that run or wait for a core now; the load average lags by minutes."""
+    told = Path("/proc/loadavg")
+    if not told.is_file():
+        return os.getloadavg()[0]
+    counts = []
+    for _ in range(samples):
+        time.sleep(0.05)
+        counts.append(int(told.read_text().split()[3].partition("/")[0]) - 1)  # without us
+    return float(np.median(counts))
+
+
+def _version(package: str) -> str | None:
+    """What is imported under that name, without importing it; None if it is not there."""
+    for name in (package, f"{package}-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def _gpu() -> str:
@@ -297,8 +353,13 @@ def _read_earlier(path: str) -> dict[str, Any]:
             raise ValueError(f"format {table['format']!r}")
         if strange := {"conditions", "artefacts"} - set(table):
             raise ValueError(f"without {sorted(strange)}")
+        table["conditions"] = dict(table["conditions"])
+        for row in table["artefacts"].values():
+            for told in row["batches"].values():
+                if not 0 < float(told["p50_ms"]) < math.inf:
+                    raise ValueError(f"p50_ms {told['p50_ms']}")
         return table
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"against={path}: no bench.json of `distill bench` ({error}).") from error
 
 
@@ -320,36 +381,41 @@ def summary(table: Mapping[str, Any], batch: str) -> str:
     return f"p50 at batch {batch}: " + ", ".join(parts)
 
 
-def accuracy(folder: Path) -> dict[str, Any]:
-    """Name -> headline numbers, if `distill verify` has judged this very folder."""
-    path = folder / "verify" / "report.json"
-    if not path.is_file():
-        return {}
-    try:
-        report = json.loads(path.read_bytes())
-        return _accuracy(folder, report)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path}: not a report of `distill verify` ({error!r}); run it again, or move it away."
-        ) from error
-
-
-def _accuracy(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+def accuracy(entrants: Mapping[str, Entrant]) -> dict[str, Any]:
+    """Name -> headline numbers, of those that `distill verify` has judged in their folder."""
+    reports: dict[Path, Any] = {}
     found: dict[str, Any] = {}
-    for name, by_reference in report["scores"].items():
-        run = report["runs"].get(name, {})
-        file = folder / name
-        if not file.is_file() or run.get("sha256") != hash_file(file):
-            continue  # another file's verdict
-        for reference in sorted(by_reference, key=lambda r: r != "truth")[:1]:
-            told = by_reference[reference]
-            found[name] = {"against": reference} | {
-                f"{block}.{number}": told[part][block][number]
-                for part, block, number in (
-                    ("mean", "depth", "delta1"),
-                    ("mean", "normals", "mean_deg"),
-                    ("set", "semantic", "miou"),
-                )
-                if block in told[part]
-            }
+    for name, entrant in entrants.items():
+        path = entrant.path.parent / "verify" / "report.json"
+        if entrant.autocast or not path.is_file():
+            continue
+        try:
+            if path not in reports:
+                reports[path] = json.loads(path.read_bytes())
+            if told := _accuracy(entrant.path, reports[path]):
+                found[name] = told
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(
+                f"{path}: not a report of `distill verify` ({error!r}); run it again, or move it "
+                "away."
+            ) from error
     return found
+
+
+def _accuracy(file: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says of this very file; nothing if it judged another one of that name."""
+    by_reference, run = report["scores"].get(file.name, {}), report["runs"].get(file.name, {})
+    if run.get("sha256") != hash_file(file):
+        return {}
+    for reference in sorted(by_reference, key=lambda r: r != "truth"):
+        told = by_reference[reference]
+        return {"against": reference, "images": int(told["images"])} | {
+            f"{block}.{number}": float(told[part][block][number])
+            for part, block, number in (
+                ("mean", "depth", "delta1"),
+                ("mean", "normals", "mean_deg"),
+                ("set", "semantic", "miou"),
+            )
+            if told[part].get(block, {}).get(number) is not None
+        }
+    return {}

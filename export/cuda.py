@@ -67,6 +67,12 @@ class Cuda:
             numbers.append(str(value.value))
         return buffer.value.decode(), ".".join(numbers)
 
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody has taken."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
     def allocate(self, size: int) -> int:
         """Address of ``size`` bytes on the device."""
         address = ctypes.c_void_p()

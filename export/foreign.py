@@ -20,7 +20,7 @@ A YAML beside the model (or given as ``io=``), every key spelt here and nowhere 
       semantic: {name: logits, layout: NCHW, is: logits}            # or ids
     classes: {0: floor, 1: wall}    # of logits: one each, in order of the ids
     precision: fp32              # whose budgets of conf/task apply
-    sha256: "..."                # optional; another file is then refused
+    sha256: "..."                # or a list; other files are then refused. An engine needs it
 
 `Adapter` turns letterboxed bytes into the feed, and what comes out into `export.artefact`'s form.
 The file is data: nothing in it is imported, called or evaluated.
@@ -36,11 +36,18 @@ from typing import Any
 
 import numpy as np
 
-from export.artefact import MAX_DEPTH_M, MAX_PIXELS, MIN_DEPTH_M, ArtefactError, Card
+from export.artefact import (
+    MAX_BATCH_PIXELS,
+    MAX_DEPTH_M,
+    MAX_PIXELS,
+    MIN_DEPTH_M,
+    ArtefactError,
+    Card,
+)
 from teacher.errors import UsageError
 from teacher.label import Camera
 
-MAX_BYTES = 1 << 20
+MAX_BYTES, DEEPEST = 1 << 18, 8
 KEYS = ("image", "batch", "focal_px", "outputs", "classes", "precision", "sha256")
 IMAGE_KEYS = ("name", "layout", "dtype", "size", "scale", "mean", "std", "channels")
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -63,7 +70,7 @@ class Description:
     outputs: dict[str, dict[str, str]]
     classes: dict[int, str]
     precision: str
-    sha256: str
+    sha256: tuple[str, ...]
 
     def card(self) -> Card:
         """What `export.artefact` would say of such a model."""
@@ -89,7 +96,14 @@ def read_description(path: str | Path) -> Description:
     if not file.is_file() or file.stat().st_size > MAX_BYTES:
         raise ArtefactError(f"io={file}: found no (small) file, expected a YAML (export.foreign).")
     try:
-        table = yaml.safe_load(file.read_text())
+        text, depth = file.read_text(), 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+                what = "aliases (*name)" if depth <= DEEPEST else f"more than {DEEPEST} levels"
+                raise ArtefactError(f"io={file}: has {what}; write plain tables.")
+        table = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ArtefactError(f"io={file}: not readable YAML: {error}.") from error
     try:
@@ -131,6 +145,8 @@ def _checked(file: Path, table: Any) -> Description:
     batch = None if table.get("batch") is None else int(table["batch"])
     if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1, or null for any")
+    if (batch or 1) * sides[0] * sides[1] > MAX_BATCH_PIXELS:
+        raise ValueError(f"batch is {batch}, too many images of {sides}")
     outputs = {}
     for name, options in table["outputs"].items():
         if name not in CHOICES:
@@ -163,8 +179,12 @@ def _checked(file: Path, table: Any) -> Description:
         outputs=outputs,
         classes={int(k): str(v) for k, v in (table.get("classes") or {}).items()},
         precision=str(table.get("precision", "fp32")),
-        sha256=str(table.get("sha256", "")),
+        sha256=tuple(str(h) for h in _listed(table.get("sha256"))),
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _only(table: Any, keys: tuple[str, ...], where: str) -> None:

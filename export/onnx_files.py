@@ -6,17 +6,17 @@ External tensors are followed only to a regular, unlinked file inside the model'
 
 from __future__ import annotations
 
+import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import onnx
 
-from export.artefact import ArtefactError
+from export.artefact import MAX_ELEMENTS, ArtefactError
 
 MAX_MODEL_BYTES = 1 << 31  # protobuf's own limit
 MAX_EXTERNAL_BYTES = 1 << 35
-MAX_ELEMENTS = 1 << 31  # of one tensor
 MAX_NODES = 100_000
 RESIZE_MODES = ("nearest", "linear")
 
@@ -43,16 +43,22 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and every graph nested in a node's attributes."""
+    """The main graph and every graph nested in a node's attributes, also those of functions."""
     pending = [model.graph]
+    for function in model.functions:
+        pending.extend(_nested(function.node))
     while pending:
         graph = pending.pop()
         yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                pending.extend(attribute.graphs)
-                if attribute.HasField("g"):
-                    pending.append(attribute.g)
+        pending.extend(_nested(graph.node))
+
+
+def _nested(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from attribute.graphs
+            if attribute.HasField("g"):
+                yield attribute.g
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -106,10 +112,7 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> bool:
 def check_sizes(model: onnx.ModelProto, *, where: str) -> None:
     """Refuse declared shapes that would make a small file ask for more memory than any student."""
     for tensor in tensors(model):
-        count = 1
-        for size in tensor.dims:
-            count *= size
-        if min(tensor.dims, default=0) < 0 or count > MAX_ELEMENTS:
+        if min(tensor.dims, default=0) < 0 or math.prod(tensor.dims) > MAX_ELEMENTS:
             raise ArtefactError(
                 f"{where}: tensor {tensor.name!r} claims shape {list(tensor.dims)}, more than the "
                 f"{MAX_ELEMENTS} elements that are read. It is not run."
@@ -117,12 +120,15 @@ def check_sizes(model: onnx.ModelProto, *, where: str) -> None:
     nodes = sum(len(graph.node) for graph in graphs(model))
     if nodes > MAX_NODES:
         raise ArtefactError(f"{where}: {nodes} nodes, more than {MAX_NODES}. It is not run.")
-    for item in (*model.graph.input, *model.graph.output):
-        count = 1
-        for dim in item.type.tensor_type.shape.dim:
-            count *= dim.dim_value if dim.HasField("dim_value") else 1
-        if count < 0 or count > MAX_ELEMENTS:
-            raise ArtefactError(f"{where}: {item.name!r} claims {count} elements. It is not run.")
+    try:  # what nodes make out of constants: a few bytes may ask for terabytes
+        inside = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+    except onnx.shape_inference.InferenceError:
+        inside = model.graph.value_info  # whoever runs it will say what is wrong
+    for item in (*model.graph.input, *model.graph.output, *inside):
+        dims = item.type.tensor_type.shape.dim
+        sizes = [dim.dim_value for dim in dims if dim.HasField("dim_value")]
+        if min(sizes, default=0) < 0 or math.prod(sizes) > MAX_ELEMENTS:
+            raise ArtefactError(f"{where}: {item.name!r} claims shape {sizes}. It is not run.")
 
 
 def _size_of_regular_file(file: Path, path: Path, tensor: onnx.TensorProto, name: str) -> int:

@@ -40,7 +40,7 @@ PRECISIONS = {
     "int8-cpu": "student.int8-cpu.onnx",
     "int8-trt": "student.int8-trt.onnx",
 }
-EXPORT_JSON = "export.json"
+EXPORT_JSON, READINESS = "export.json", "readiness.md"
 REFERENCE = "student.safetensors"
 
 
@@ -209,6 +209,8 @@ def export_student(
 ) -> dict[str, Any]:
     """Write ``student.onnx``, the checkpoint it came from, and ``export.json`` into ``out``.
 
+    ``readiness.md`` says of every graph what each TensorRT would make of it (`export.readiness`).
+
     Args:
         checkpoint: a ``student.safetensors``.
         out: a new or empty folder, or one that an earlier export wrote.
@@ -261,6 +263,7 @@ def export_student(
     model = to_onnx(student, card)
     artefacts: dict[str, Any] = {}
     declined: dict[str, Any] = {}
+    ready: list[str] = ["# Would TensorRT take the graphs (published operator tables)\n"]
 
     def write(graph: onnx.ModelProto, name: str, facts: dict[str, Any]) -> None:
         path = folder / PRECISIONS[name]
@@ -274,6 +277,7 @@ def export_student(
             "tensorrt": readiness.verdicts(graph),
             **facts,
         }
+        ready.append(f"## {path.name}\n\n{readiness.markdown(graph)}")
 
     try:
         if "fp32" in precision:
@@ -297,6 +301,7 @@ def export_student(
         for name, facts in build_engines(folder, list(artefacts), tensorrt):
             artefacts[name] = facts
     finally:
+        replace_atomically(folder / READINESS, "\n".join(ready).encode())
         result = _told(folder, card, artefacts, declined)
     return result
 

@@ -15,6 +15,7 @@ from export.judge import Judge
 from export.letterbox import Letterbox
 from export.onnx_graph import REFERENCE
 from export.parity import TASK_OF, gap
+from export.readiness import TARGETS
 from teacher.label import Label, Task
 from teacher.metrics import angles_deg
 
@@ -90,9 +91,9 @@ def class_table(result: Mapping[str, Any]) -> list[Row]:
 
 
 def parity_table(result: Mapping[str, Any]) -> list[Row]:
-    """Heading and rows: artefact, output, measures against budgets, verdict."""
+    """Heading and rows: artefact, output, measures against budgets, flips at ties, verdict."""
     rows: list[Row] = [["artefact", "output", "unit", "p99.9", "max", "mean", "itself"]]
-    rows[0] = [*rows[0], "budgets", "verdict"]
+    rows[0] = [*rows[0], "budgets of these four", "flips at ties", "verdict"]
     missed = {(f["artefact"], f["measure"].split(" ")[0]) for f in result["findings"]}
     for name, table in result["artefacts"].items():
         for output, summary in table["parity"].items():
@@ -107,7 +108,8 @@ def parity_table(result: Mapping[str, Any]) -> list[Row]:
                 f"{limits[m]:g}" if m in limits else "–"
                 for m in ("p999", "max", "mean", "consistency")
             )
-            rows.append([name, output, summary["unit"], *cells, allowed, verdict])
+            ties = _cell(summary.get("tie_flips"), "{:.1e}")
+            rows.append([name, output, summary["unit"], *cells, allowed, ties, verdict])
     return rows
 
 
@@ -129,11 +131,11 @@ def strata_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def readiness_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Heading and rows: whether TensorRT takes each graph, by release (`export.readiness`)."""
-    rows: list[Row] = [["artefact", "TensorRT", "takes it", "why not"]]
+    """Heading and rows: whether each TensorRT takes each graph (`export.readiness`)."""
+    rows: list[Row] = [["artefact", *(f"TensorRT {t}" for t in TARGETS), "why not"]]
     for name, told in result.get("tensorrt", {}).items():
-        for target, answer in told.items():
-            rows.append([name, target, answer["takes"], "; ".join(answer["why"])])
+        why = dict.fromkeys(reason for t in TARGETS for reason in told[t]["why"])
+        rows.append([name, *(told[t]["takes"] for t in TARGETS), "; ".join(why)])
     return rows
 
 
@@ -174,6 +176,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: right;
   border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
 td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left; }
+.wide { overflow-x: auto; }
 .verdict { padding: .7rem 1rem; border-left: 6px solid #1a7f37; background: #eaf6ec;
   overflow-wrap: anywhere; }
 .verdict.bad { border-color: #b3261e; background: #fcebea; } .missed { color: #b3261e;
@@ -194,7 +197,7 @@ def _html_table(rows: list[Row]) -> str:
         )
 
     body = "".join(f"<tr>{line(r, 'td')}</tr>" for r in rows[1:])
-    return f"<table><tr>{line(rows[0], 'th')}</tr>{body}</table>"
+    return f"<div class=wide><table><tr>{line(rows[0], 'th')}</tr>{body}</table></div>"
 
 
 def _figure(picture: np.ndarray, caption: str) -> str:

@@ -7,6 +7,7 @@ silently fell back to another provider would prove nothing: the one that runs is
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def open_runtime(
         rounding: on the CPU, let half-precision graphs round at every node (`export.rounding`);
             otherwise ONNX Runtime computes them in float32, which proves nothing about them.
         io: description of a model that we did not make (`export.foreign`).
-        profile: prefix of the file into which ONNX Runtime writes every node's time.
+        profile: prefix of the file into which ONNX Runtime writes every node's time; an engine
+            adds its layers' up (`export.trt_runtime.TrtRuntime.layer_ms`).
 
     Raises:
         ArtefactError: not ours, damaged, or unsafe. EnvironmentFailure: the provider cannot run.
@@ -92,8 +94,8 @@ def open_runtime(
         raise UsageError(f"provider={provider!r}: expected one of {list(PROVIDERS)}.")
     if not file.is_file():
         raise ArtefactError(f"{file}: no such file; expected .onnx, .engine or .safetensors.")
+    adapter = None if io is None else Adapter(read_description(os.fspath(io)))
     if file.suffix == ".onnx":
-        adapter = None if io is None else Adapter(read_description(os.fspath(io)))
         return OnnxRuntime(
             file,
             provider=provider,
@@ -105,7 +107,7 @@ def open_runtime(
     if file.suffix == ".engine":
         from export.trt_runtime import TrtRuntime
 
-        return TrtRuntime(file)
+        return TrtRuntime(file, adapter=adapter, timed=bool(profile))
     if file.suffix == ".safetensors":
         return TorchRuntime(file, threads=threads)
     raise ArtefactError(f"{file}: expected a name that ends in .onnx, .engine or .safetensors.")
@@ -142,42 +144,64 @@ def gathered(parts: Sequence[Answers], focal: np.ndarray, card: Card) -> Answers
 
 
 class TorchRuntime:
-    """The student itself, in torch on the CPU: the reference every other artefact is held to."""
+    """The student itself in torch: in fp32 on the CPU the reference that all others are held to."""
 
     largest: int | None = None
 
-    def __init__(self, path: Path, *, threads: int) -> None:
-        """Read the checkpoint; nothing is unpickled."""
+    def __init__(
+        self, path: Path, *, threads: int, device: str = "cpu", precision: str = "fp32"
+    ) -> None:
+        """Read the checkpoint; nothing is unpickled.
+
+        ``device``: cpu or cuda. ``precision``: fp32, or fp16 or bf16 by torch's autocast.
+        """
         import torch
 
         from export.onnx_graph import Delivered, card_of
         from student.checkpoint import load_student
 
-        self.torch, self.threads = torch, threads
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EnvironmentFailure(
+                f"{path.name}: torch {torch.__version__} finds no GPU; ask for provider=cpu."
+            )
+        self.torch, self.threads, self.device = torch, threads, device
         student = load_student(path)
-        self.card = card_of(student, semantic_logits=True, student_sha256=hash_file(path))
-        self.module = Delivered(student, self.card).eval()
-        version = torch.__version__
-        self.facts = {"runtime": "torch", "version": version, "device": "cpu", "threads": threads}
+        card = card_of(student, semantic_logits=True, student_sha256=hash_file(path))
+        self.card = dataclasses.replace(card, precision=precision)
+        self.module = Delivered(student, self.card).eval().to(device)
+        self.facts = {
+            "runtime": "torch",
+            "version": torch.__version__,
+            "device": device if device == "cpu" else torch.cuda.get_device_name(),
+            "threads": threads,
+        }
+        if precision != "fp32":
+            self.facts["autocast"] = precision
 
     def __enter__(self) -> Self:
-        """Take the asked number of threads."""
-        self.before = self.torch.get_num_threads()
+        """Take the asked number of threads; fp32 means fp32, also in a GPU's convolutions."""
+        cudnn: Any = self.torch.backends.cudnn
+        self.before = self.torch.get_num_threads(), cudnn.allow_tf32
         self.torch.set_num_threads(self.threads)
+        cudnn.allow_tf32 = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give torch its former number of threads back."""
-        self.torch.set_num_threads(self.before)
+        """Give torch its former settings back."""
+        cudnn: Any = self.torch.backends.cudnn
+        threads, cudnn.allow_tf32 = self.before
+        self.torch.set_num_threads(threads)
 
     def __call__(self, images: np.ndarray, focal_px: np.ndarray | None = None) -> Answers:
         """See `Runtime`."""
         focal = check_images(images, focal_px, self.card)
-        with self.torch.inference_mode():
-            arrays = self.module(
-                self.torch.from_numpy(np.array(images)), self.torch.from_numpy(focal)
-            )
-        return {n: a.numpy() for n, a in zip(self.card.outputs, arrays, strict=True)}
+        half = {"fp16": self.torch.float16, "bf16": self.torch.bfloat16}.get(self.card.precision)
+        fed = [self.torch.from_numpy(a).to(self.device) for a in (np.array(images), focal)]
+        autocast = self.torch.autocast(self.device, dtype=half, enabled=half is not None)
+        with self.torch.inference_mode(), autocast:
+            arrays = self.module(*fed)
+        whole = [a.float() if a.is_floating_point() else a for a in arrays]
+        return {n: a.cpu().numpy() for n, a in zip(self.card.outputs, whole, strict=True)}
 
 
 def _placement(session: Any) -> dict[str, list[str]]:
@@ -214,7 +238,7 @@ class OnnxRuntime:
             self.card = card_from_metadata(metadata, where=str(path))
         else:
             self.card = adapter.about.card()
-            if adapter.about.sha256 and adapter.about.sha256 != hash_file(path):
+            if adapter.about.sha256 and hash_file(path) not in adapter.about.sha256:
                 raise ArtefactError(f"{path}: not the file that {adapter.about.path} describes.")
         check_sizes(model, where=str(path))
         self.external = check_external_data(model, path)
@@ -277,7 +301,9 @@ class OnnxRuntime:
             self._wrong_provider(ort.get_available_providers())
         try:
             source = self._source(options)
-            self.session = ort.InferenceSession(source, options, providers=[self.provider])
+            exact = {"use_tf32": "0"} if self.provider == PROVIDERS["cuda"] else {}  # fp32 is fp32
+            chosen = [(self.provider, exact)]
+            self.session = ort.InferenceSession(source, options, providers=chosen)
         except ArtefactError:
             raise
         except Exception as error:  # ONNX Runtime's classes share no public base

@@ -93,27 +93,27 @@ def read_sidecar(engine: Path) -> Sidecar:
         if version > VERSION:
             raise ArtefactError(f"{path}: version {version}; this program reads up to {VERSION}.")
         return Sidecar(**table | {"profile": Profile(**table["profile"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtefactError(f"{path}: not a sidecar of `distill export` ({error}).") from error
 
 
-def checked_bytes(engine: Path, sidecar: Sidecar) -> bytes:
-    """The engine's bytes, after their hash; nothing else may reach a deserialiser."""
+def checked_bytes(engine: Path, promised: Mapping[str, Any], *, who: str = "its sidecar") -> bytes:
+    """The engine's bytes, after size and sha256 as ``promised``; nothing else is deserialised."""
     facts = engine.lstat()
     if not stat.S_ISREG(facts.st_mode):
         raise ArtefactError(f"{engine}: found no regular file; links are not followed.")
-    if facts.st_size != sidecar.engine["bytes"]:
+    if facts.st_size != promised["bytes"]:
         raise ArtefactError(
-            f"{engine}: {facts.st_size} bytes, its sidecar says {sidecar.engine['bytes']}. It was "
+            f"{engine}: {facts.st_size} bytes, {who} says {promised['bytes']}. It was "
             "cut or changed and is not loaded; build it again."
         )
     data = engine.read_bytes()
     import hashlib
 
     found = hashlib.sha256(data).hexdigest()
-    if found != sidecar.engine["sha256"]:
+    if found != promised["sha256"]:
         raise ArtefactError(
-            f"{engine}: sha256 {found[:16]}…, its sidecar says {sidecar.engine['sha256'][:16]}…. "
+            f"{engine}: sha256 {found[:16]}…, {who} says {str(promised['sha256'])[:16]}…. "
             "It was changed after it was built and is not loaded; build it again."
         )
     return data

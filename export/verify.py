@@ -32,6 +32,8 @@ from teacher.jobs.commit import replace_atomically
 from teacher.store import LabelSet, hash_file
 
 ANSWERS, REPORT = "answers", "report.json"
+RUN_FACTS = {"file", "sha256", "keys", "precision", "outputs", "classes", "consistency", "broken",
+             "runtime", "student_sha256", "canonical_focal_px"}  # fmt: skip
 
 
 def verify(
@@ -139,7 +141,7 @@ def verify(
     replace_atomically(folder / "report.md", reporting.markdown(result).encode())
     replace_atomically(folder / "report.html", reporting.html(result, judge).encode())
     for name, path in contest.paths.items():
-        if path.suffix == ".engine" and "error" not in runs[name]:
+        if path.suffix == ".engine" and io is None and "error" not in runs[name]:
             refused = [f["text"] for f in result["findings"] if f["artefact"] == name]
             told = {"accepted": not refused, "images": len(keys), "findings": refused[:5]}
             record_acceptance(path, told | {"report": str(folder / REPORT)})
@@ -240,10 +242,14 @@ def read_run(folder: Path, artefact: Path, keys: Sequence[str], io: str | None) 
         raise UsageError(f"{path}: no saved answers; run with rerun=true once.")
     try:
         run: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); run with rerun=true.") from error
-    if "error" not in run and "classes" not in run:
-        raise UsageError(f"{path}: answers of an earlier version; run with rerun=true.")
+    facts = run if isinstance(run, dict) else {}
+    if wanted := ({"sha256", "keys"} if "error" in facts else RUN_FACTS) - set(facts):
+        raise UsageError(
+            f"{path}: without {', '.join(sorted(wanted))}: of an earlier version, or changed; run "
+            "with rerun=true."
+        )
     described = io is not None and artefact.suffix != ".safetensors"
     if run.get("io_sha256", "") != (hash_file(Path(str(io))) if described else ""):
         raise UsageError(
@@ -285,7 +291,7 @@ def promises(source: Path) -> dict[str, dict[str, str]]:
             | ({"precision": facts["precision"]} if "precision" in facts else {})
             for name, facts in rows.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: not what `distill export` writes ({error}).") from error
 
 

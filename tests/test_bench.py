@@ -1,14 +1,28 @@
 """`distill bench`: what it measures, what it says, and what it refuses to compare."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
-from export_cases import hand_made
+import torch
+from export_cases import hand_made, make_student
 
-from export.bench_probe import operators, picture, probe
-from export.benchmark import accuracy, bench, conditions, measure, race, same_conditions
+from export.bench_probe import Entrant, operators, picture, probe
+from export.bench_report import points, short
+from export.benchmark import (
+    accuracy,
+    bench,
+    conditions,
+    find_entrants,
+    measure,
+    others_running,
+    race,
+    same_conditions,
+)
 from export.runtimes import open_runtime
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.store import hash_file
 
 
@@ -41,10 +55,14 @@ def test_every_number_is_there_and_makes_sense(measured):
 
 def test_time_by_operator_adds_up(measured):
     folder, _ = measured
-    rows = operators(folder / "a.onnx", (16, 24), provider="cpu", threads=1)
+    rows = operators(entrant(folder / "a.onnx"), (16, 24))
     assert sum(r["share"] for r in rows) == pytest.approx(1)
     assert {r["operator"] for r in rows} <= {"Cast", "ReduceMean", "Mul", "Add", "Unsqueeze"}
     assert [r["ms"] for r in rows] == sorted((r["ms"] for r in rows), reverse=True)
+
+
+def entrant(path, **options):
+    return Entrant(path=path, **{"provider": "cpu", "threads": 1} | options)
 
 
 def test_artefacts_take_turns(measured):
@@ -69,8 +87,10 @@ def test_artefacts_take_turns(measured):
     assert len({tuple(r) for r in rounds}) > 1  # and not always in the same order
 
 
-def test_numbers_of_other_conditions_are_not_compared(measured):
+def test_numbers_of_other_conditions_are_not_compared(measured, monkeypatch):
     folder, _ = measured
+    monkeypatch.setattr("export.benchmark.others_running", lambda: -1.0)
+    bench(export=str(folder), threads=1, batches=[1], rounds=3)
     earlier = folder / "bench" / "bench.json"
     same = bench(
         export=str(folder / "a.onnx"),
@@ -87,9 +107,18 @@ def test_numbers_of_other_conditions_are_not_compared(measured):
     assert set(same["artefacts"]) == {"a.onnx"}
     with pytest.raises(UsageError, match=r"other conditions \(rounds: 3 then, 4 now\)"):
         bench(export=str(folder), threads=1, batches=[1], rounds=4, against=str(earlier))
-    now = conditions(provider="cpu", threads=1, rounds=3, size=(16, 24))
+    now = conditions(provider="cpu", threads=1, rounds=3, size=(16, 24), others=0.0)
+    assert now["torch"] and now["onnxruntime"] and now["tensorrt"] is None
+    with pytest.raises(UsageError, match=r"torch: '1\.0' then"):
+        same_conditions(now | {"torch": "1.0"}, now, "x")
     with pytest.raises(UsageError, match="cpu: 'an abacus' then"):
         same_conditions(now | {"cpu": "an abacus"}, now, "x")
+    monkeypatch.setattr("export.benchmark.others_running", lambda: 99.0)
+    given = {"export": str(folder), "threads": 1, "batches": [1], "rounds": 3}
+    with pytest.raises(UsageError, match="busy: False then, True now"):
+        bench(**given, against=str(earlier))
+    bench(**given, out=str(folder / "busy"))
+    assert "99 other threads were running on" in (folder / "busy" / "bench.md").read_text()
     (folder / "other.json").write_text('{"format": "x"}')
     with pytest.raises(UsageError, match=r"no bench\.json of `distill bench`"):
         bench(export=str(folder), against=str(folder / "other.json"))
@@ -100,20 +129,96 @@ def test_accuracy_is_taken_from_the_verdict_on_this_very_file(measured, tmp_path
     (tmp_path / "verify").mkdir()
     (tmp_path / "a.onnx").write_bytes((folder / "a.onnx").read_bytes())
     mean = {"depth": {"delta1": 0.5}, "normals": {"mean_deg": 20.0}}
+    truth = {"mean": mean, "set": {"semantic": {"miou": 0.3}}, "images": 7}
     report = {
-        "scores": {"a.onnx": {"truth": {"mean": mean, "set": {"semantic": {"miou": 0.3}}}}},
+        "scores": {"a.onnx": {"truth": truth}},
         "runs": {"a.onnx": {"sha256": hash_file(tmp_path / "a.onnx")}},
     }
     (tmp_path / "verify" / "report.json").write_text(json.dumps(report))
-    told = accuracy(tmp_path)["a.onnx"]
-    assert told == {
-        "against": "truth",
-        "depth.delta1": 0.5,
-        "normals.mean_deg": 20.0,
-        "semantic.miou": 0.3,
-    }
+    found = find_entrants([tmp_path], provider="cpu", threads=1)
+    expected = {"depth.delta1": 0.5, "normals.mean_deg": 20.0, "semantic.miou": 0.3}
+    assert accuracy(found) == {"a.onnx": {"against": "truth", "images": 7} | expected}
+    half = {"a.onnx": entrant(tmp_path / "a.onnx", precision="fp16")}
+    assert accuracy(half) == {}  # nobody judged that
+    for wrong in ("x", None, [1], {}):
+        report["scores"]["a.onnx"]["truth"]["mean"] = {"depth": {"delta1": wrong}}
+        (tmp_path / "verify" / "report.json").write_text(json.dumps(report))
+        if wrong is None:  # not finite
+            assert "depth.delta1" not in accuracy(found)["a.onnx"]
+            continue
+        with pytest.raises(UsageError, match=r"report\.json: not a report of `distill verify`"):
+            accuracy(found)
     (tmp_path / "a.onnx").write_bytes(b"another file")
-    assert accuracy(tmp_path) == {}
+    assert accuracy(found) == {}
+
+
+def test_the_plot_holds_what_was_timed_and_judged():
+    rows = {"batches": {"1": {"p50_ms": 3.0}, "4": {"p50_ms": 9.0}}}
+    result = {
+        "artefacts": {"a": rows, "b": rows, "late": {"batches": {"4": {"p50_ms": 1.0}}}},
+        "accuracy": {"a": {"depth.delta1": 0.5}, "late": {"depth.delta1": 0.6}},
+    }
+    assert points(result, "depth.delta1") == {"a": (3.0, 0.5)}
+    assert points(result, "semantic.miou") == {}
+    assert [short(n) for n in ("student.onnx", "x/student.int8-cpu.onnx", "student.engine")] == [
+        "fp32",
+        "x/int8-cpu",
+        "fp32 engine",
+    ]
+    assert short("student.safetensors in bf16") == "torch in bf16" and short("m.onnx") == "m"
+
+
+def test_several_folders_take_turns_and_a_gpu_gets_torchs_halves(tmp_path):
+    for name in ("tiny", "small"):
+        (tmp_path / name).mkdir()
+        hand_made(tmp_path / name / "student.onnx")
+    both = [str(tmp_path / n) for n in ("tiny", "small")]
+    with pytest.raises(UsageError, match="so out=FOLDER must be given"):
+        bench(export=both)
+    out = tmp_path / "out"
+    told = bench(export=both, out=str(out), threads=1, batches=[1], rounds=1)["artefacts"]
+    assert set(told) == {"tiny/student.onnx", "small/student.onnx"}
+    with pytest.raises(UsageError, match=r"two of the name tiny/student\.onnx"):
+        bench(export=[both[0], both[0]], out=str(out))
+    (tmp_path / "tiny" / "student.safetensors").write_bytes(b"")
+    found = find_entrants([tmp_path / "tiny"], provider="cuda", threads=1)
+    assert {n: e.precision for n, e in found.items()} == {
+        "student.onnx": "fp32",
+        "student.safetensors": "fp32",
+        "student.safetensors in fp16": "fp16",
+        "student.safetensors in bf16": "bf16",
+    }
+
+
+def test_the_student_itself_is_timed_by_kernel_and_in_half_precision(tmp_path):
+    path = make_student(tmp_path / "s.safetensors", tasks=("depth",), height=32, width=64)
+    rows = operators(entrant(path), (32, 64), calls=1)
+    assert sum(r["share"] for r in rows) == pytest.approx(1)
+    assert any("conv" in r["operator"] for r in rows[:3])
+    images = picture((32, 64), 2)
+    with entrant(path).open() as whole, entrant(path, precision="bf16").open() as half:
+        ratio = half(images)["depth"] / whole(images)["depth"]
+    assert half.facts["autocast"] == "bf16" == half.card.precision
+    assert "autocast" not in whole.facts
+    assert 1e-4 < abs(ratio - 1).max() < 0.2  # rounded, and the same network
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_student_asked_for_on_a_gpu_never_runs_on_the_cpu_instead(tmp_path):
+    path = make_student(tmp_path / "s.safetensors", tasks=("depth",), height=32, width=64)
+    with pytest.raises(EnvironmentFailure, match="finds no GPU; ask for provider=cpu"):
+        bench(export=str(path), provider="cuda", rounds=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_times_torch_in_three_precisions_and_its_memory(tmp_path):
+    path = make_student(tmp_path / "s.safetensors", tasks=("depth",), height=32, width=64)
+    told = bench(export=str(path), provider="cuda", threads=1, batches=[1], rounds=3)["artefacts"]
+    assert {r["precision"] for r in told.values()} == {"fp32", "fp16", "bf16"}
+    for row in told.values():
+        assert row["gpu_memory_kib"] > 100 and row["operators"]
+        assert row["runtime"]["device"] == torch.cuda.get_device_name()
 
 
 def test_what_the_numbers_do_not_say_is_written_beside_them(tmp_path, monkeypatch):
@@ -138,6 +243,24 @@ def test_what_the_numbers_do_not_say_is_written_beside_them(tmp_path, monkeypatc
     (tmp_path / "b.json").write_text('{"format": "dense-distill/bench"}')
     with pytest.raises(UsageError, match=r"no bench\.json of .*without \['artefacts', 'condit"):
         bench(**given, batches=[1], against=str(tmp_path / "b.json"))
+    for row in ([], {"batches": []}, {"batches": {"1": {}}}, {"batches": {"1": {"p50_ms": 0}}}):
+        text = {"format": "dense-distill/bench", "conditions": {}, "artefacts": {"half.onnx": row}}
+        (tmp_path / "b.json").write_text(json.dumps(text))
+        with pytest.raises(UsageError, match=r"no bench\.json of `distill bench`"):
+            bench(**given, batches=[1], against=str(tmp_path / "b.json"))
+
+
+def test_a_thread_that_runs_beside_us_is_seen_at_once():
+    quiet = others_running(5)
+    loop = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(loop) for _ in range(4)]
+    try:
+        time.sleep(0.3)
+        assert others_running(20) >= 2 and quiet >= 0
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def test_race_and_probe(measured):
@@ -148,11 +271,9 @@ def test_race_and_probe(measured):
     feed = {"image": picture((16, 24), 1), "focal_px": np.array([100], np.float32)}
     times = race(paths, feed, threads=1, rounds=5)
     assert set(times) == {"a", "b"} and min(times.values()) > 0
-    assert set(probe(folder / "a.onnx", provider="cpu", threads=1)) == {
-        "open_ms",
-        "first_call_ms",
-        "memory_kib",
-    }
+    told = probe(entrant(folder / "a.onnx"))
+    assert set(told) == {"open_ms", "first_call_ms", "memory_kib", "gpu_memory_kib"}
+    assert told["gpu_memory_kib"] is None
 
 
 def test_bad_use(tmp_path):

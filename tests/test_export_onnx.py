@@ -17,7 +17,7 @@ from export.artefact import (
     card_from_metadata,
     card_to_metadata,
 )
-from export.onnx_files import check_rules, read_model
+from export.onnx_files import check_rules, check_sizes, read_model
 from export.onnx_graph import export_student
 from export.parity import gap
 from export.runtimes import open_runtime
@@ -81,6 +81,13 @@ def test_metadata_says_units_frame_classes_camera_licences_and_student(exported)
     assert card.student_sha256 == told["reference"]["sha256"] and len(card.student_sha256) == 64
     assert json.loads(props[PREFIX + "outputs"])["depth"]["unit"].startswith("metres")
     assert "x right, y up, z toward the viewer" in json.loads(props[PREFIX + "frame"])
+
+
+def test_the_readiness_table_lies_beside_the_graphs(exported):
+    text = (exported[0] / "readiness.md").read_text()
+    nodes = len(onnx.load(exported[0] / "student.onnx").graph.node)
+    assert "## student.onnx" in text
+    assert f"All {nodes} nodes: 10.3: yes, 10.12: yes, 11: yes." in text
 
 
 def test_no_host_path_travels_in_the_file(exported):
@@ -256,6 +263,37 @@ def test_external_data_stays_in_its_folder(tmp_path):
             read_model(external(folder, name))
 
 
+def test_external_data_in_a_functions_branch_is_seen(tmp_path):
+    tensor = onnx.load(external(tmp_path, "../secret"), load_external_data=False)
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["t"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)],
+        list(tensor.graph.initializer),
+    )
+    node = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
+    imports = [helper.make_opsetid("", 18)]
+    model = tiny_model(helper.make_node("F", ["x"], ["y"], domain="local"))
+    model.functions.append(helper.make_function("local", "F", ["x"], ["y"], [node], imports))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtefactError, match="tensor 'w' points to external data"):
+        read_model(tmp_path / "m.onnx")
+
+
+def test_shapes_that_ask_for_terabytes_are_refused_before_anything_runs():
+    big = numpy_helper.from_array(np.array([1 << 20, 1 << 20]), "big")
+    nodes = [
+        helper.make_node("ConstantOfShape", ["big"], ["blown"]),
+        helper.make_node("ReduceMax", ["blown"], ["top"], keepdims=0),
+        helper.make_node("Add", ["x", "top"], ["y"]),
+    ]
+    with pytest.raises(ArtefactError, match=r"m: 'blown' claims shape \[1048576, 1048576\]"):
+        check_sizes(tiny_model(*nodes, initializers=[big]), where="m")
+    small = numpy_helper.from_array(np.array([4, 4]), "big")
+    check_sizes(tiny_model(*nodes, initializers=[small]), where="m")
+
+
 def test_files_that_are_not_ours(exported, tmp_path):
     foreign = tmp_path / "foreign.onnx"
     foreign.write_bytes(tiny_model(helper.make_node("Neg", ["x"], ["y"])).SerializeToString())
@@ -281,6 +319,10 @@ def test_a_card_that_lies_is_refused(exported, tmp_path):
         card_from_metadata(props | {PREFIX + "version": "99"}, where="x")
     with pytest.raises(ArtefactError, match="metadata is damaged: image size 99999999x96"):
         card_from_metadata(props | {PREFIX + "height": "99999999"}, where="x")
+    with pytest.raises(ArtefactError, match="damaged: batches of 1000000000 images of 64x96"):
+        card_from_metadata(props | {PREFIX + "batch": "1000000000"}, where="x")
+    with pytest.raises(ArtefactError, match="damaged: maximum recursion depth"):
+        card_from_metadata(props | {PREFIX + "provenance": "[" * 200_000}, where="x")
     with pytest.raises(ArtefactError, match="damaged: output 'secret': unknown"):
         card_from_metadata(props | {PREFIX + "outputs": '["secret"]'}, where="x")
     less = Card(**{**card.__dict__, "outputs": ("depth",)})

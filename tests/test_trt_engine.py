@@ -51,6 +51,10 @@ def used_names(source):
     """(class, name) of every TensorRT name in a source; class "" is the module."""
     found = set()
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):  # what we override must be there to be overridden
+            bases = [b.attr for b in node.bases if ast.unparse(b).startswith("trt.")]
+            own = [f.name for f in node.body if isinstance(f, ast.FunctionDef)]
+            found |= {(b, name) for b in bases for name in own if name != "__init__"}
         if not isinstance(node, ast.Attribute):
             continue
         holder = ast.unparse(node.value)
@@ -81,6 +85,8 @@ def test_the_extraction_would_see_a_name_that_is_gone():
     used = used_names("config.set_flag(trt.BuilderFlag.FP16)\nself.engine.max_batch_size")
     assert missing(used, "10.3.0") == ["ICudaEngine.max_batch_size"]
     assert missing(used, "11.4.0.106") == ["BuilderFlag.FP16", "ICudaEngine.max_batch_size"]
+    used = used_names("class A(trt.IProfiler):\n def report_time(self): ...")
+    assert missing(used, "10.3.0") == ["IProfiler.report_time"]
 
 
 def test_no_precision_flag_is_used_anywhere():
@@ -285,24 +291,26 @@ def test_a_known_bad_build_is_refused_with_the_link_or_recorded(made, tmp_path, 
 def test_only_engines_whose_hash_we_wrote_are_loaded(made, tmp_path):
     sidecar, _ = made("10.3.0")
     engine = tmp_path / "a.engine"
-    assert checked_bytes(engine, sidecar) == b"plan"
+    assert checked_bytes(engine, sidecar.engine) == b"plan"
     engine.write_bytes(b"plam")
     with pytest.raises(ArtefactError, match=r"changed after it was built and is not loaded"):
-        checked_bytes(engine, sidecar)
+        checked_bytes(engine, sidecar.engine)
     engine.write_bytes(b"pla")
     with pytest.raises(ArtefactError, match=r"3 bytes, its sidecar says 4"):
-        checked_bytes(engine, sidecar)
+        checked_bytes(engine, sidecar.engine)
     engine.unlink()
     (tmp_path / "real").write_bytes(b"plan")
     engine.symlink_to(tmp_path / "real")
     with pytest.raises(ArtefactError, match=r"links are not followed"):
-        checked_bytes(engine, sidecar)
+        checked_bytes(engine, sidecar.engine)
     path_of(engine).unlink()
     with pytest.raises(ArtefactError, match=r"found no a\.engine\.json beside it. Only engines"):
         open_runtime(engine)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "x"}', "nonsense", '{"format": null}'])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"format": "x"}', "nonsense", '{"format": null}', "[" * 200_000]
+)
 def test_damaged_sidecars_are_refused(tmp_path, text):
     (tmp_path / "a.engine").write_bytes(b"plan")
     (tmp_path / "a.engine.json").write_text(text)

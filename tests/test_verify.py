@@ -395,6 +395,17 @@ def test_nothing_is_judged_by_accident_and_damaged_answers_are_said_to_be(work, 
     saved.write_bytes(saved.read_bytes()[:200])
     with pytest.raises(UsageError, match=r"scene00\.npz: a saved answer that cannot be read"):
         verify(**given, rerun=False)
+    run = json.loads((answers / "run.json").read_text())
+    del run["consistency"]
+    for text, said in (
+        (json.dumps(run), "without consistency: of an earlier version, or changed"),
+        ("[]", "without broken, canonical_focal_px, "),
+        ("5", "without broken, canonical_focal_px, "),
+        ('{"error": "x"}', "without keys, sha256"),
+    ):
+        (answers / "run.json").write_text(text)
+        with pytest.raises(UsageError, match=rf"run\.json: {said}"):
+            verify(**given, rerun=False)
     (answers / "run.json").write_text("{")
     with pytest.raises(UsageError, match=r"run\.json: cannot be read"):
         verify(**given, rerun=False)

@@ -123,6 +123,7 @@ WRONG = {
     r"image.size is \[-4, -4\]": {"image": {"name": "x", "size": [-4, -4]}},
     "batch is -2, expected at least 1": {"batch": -2},
     "batch is 0, expected at least 1": {"batch": 0},
+    r"batch is 1000000000, too many images of \[16, 24\]": {"batch": 10**9},
     "focal_px is -5.0, expected": {"focal_px": -5.0},
     "focal_px is nan, expected": {"focal_px": float("nan")},
     "image.scale is 'x', expected": {"image": {"name": "x", "size": [4, 4], "scale": "x"}},
@@ -151,6 +152,16 @@ def test_a_description_is_data_and_never_an_object(tmp_path):
     with pytest.raises(ArtefactError, match="not readable YAML"):
         read_description(path)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_a_description_that_unfolds_without_end_is_refused(tmp_path):
+    path = tmp_path / "io.yaml"
+    path.write_text("image: &a [1, 1]\noutputs: &b [*a, *a]\nclasses: {0: [*b, *b]}\n")
+    with pytest.raises(ArtefactError, match=r"has aliases \(\*name\)"):
+        read_description(path)
+    path.write_text("image: " + "[" * 100_000)
+    with pytest.raises(ArtefactError, match="has more than 8 levels; write plain tables"):
+        read_description(path)  # at once: PyYAML takes minutes for it
 
 
 def test_another_file_or_other_names_are_refused(tmp_path):
