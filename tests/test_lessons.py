@@ -257,7 +257,9 @@ def test_the_outline_of_a_sky_that_was_seen_is_an_edge():
     truth = {"depth": np.where(sky, np.inf, depth), "focal_px": np.array([50.0])}
     for seen in (True, False):
         answer = {"depth": depth, "sky": np.where(sky & seen, 1.0, -1.0)}
-        assert judge(student, answer, truth, None, None)["boundary_f1"] == pytest.approx(seen)
+        assert judge(student, answer, truth, None, None)["boundary_f1"] == pytest.approx(
+            float(seen)
+        )
 
 
 def test_a_curve_is_drawn_to_scale_and_skips_what_is_not_finite():
