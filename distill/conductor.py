@@ -79,10 +79,11 @@ class Conductor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take the signals: Lightning would raise in the middle of a step."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+        if self.first and self._due() and self.lesson.validated_at != self.lesson.step_number:
+            self._validate()  # a signal came first
 
     def _on_signal(self, number: int, _: object) -> None:
         if self.signal:  # asked twice: do not wait for the step
@@ -91,12 +92,11 @@ class Conductor(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """After every step."""
-        lesson, config = self.lesson, self.lesson.config
+        lesson = self.lesson
         lesson.trained_s = self.before_s + time.monotonic() - self.started
-        due_now = lesson.step_number % config.val_every == 0
         if self.first:
             self.journal.step(lesson)
-            if due_now and lesson.progress() < 1 and not self.signal:
+            if self._due() and not self.signal:
                 self._validate()
         self.signal, tired = lesson.agree(signal=self.signal)
         self.over = lesson.progress() >= 1 or tired
@@ -104,6 +104,11 @@ class Conductor(L.Callback):
             self._keep(trainer.optimizers[0])
         if self.over or self.signal:
             trainer.should_stop = True
+
+    def _due(self) -> bool:
+        """Whether this step ends with a validation; the lesson's last one is `finish`'s."""
+        lesson = self.lesson
+        return lesson.step_number % lesson.config.val_every == 0 and lesson.progress() < 1
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         """Show the step, and save it when it is time."""
@@ -136,7 +141,7 @@ class Conductor(L.Callback):
 
     def _validate(self) -> None:
         self.numbers, picture, self.worst = validate(self.lesson, self.data)
-        self.validated_at = self.lesson.step_number
+        self.validated_at = self.lesson.validated_at = self.lesson.step_number
         if not self.numbers:
             return
         self.journal.validation(self.lesson, self.numbers, picture)

@@ -134,6 +134,7 @@ def surface_loss(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> d
     flat = on_one_surface(batch["depth"]) & batch["camera_known"].view(-1, 1, 1, 1)
     normals = batch["normals"]
     known = flat & ~torch.isnan(normals).any(1, keepdim=True)
+    known = known & reliable("normals", batch["normals_uncertainty"])
     said = normals_of_depth(answer["depth"], batch["focal_px"], batch["centre_px"])
     aim = torch.where(known, normals, 0.0)
     angle = angle_rad(torch.where(known, said, 0.0), aim)

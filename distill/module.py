@@ -118,6 +118,7 @@ class Lesson(L.LightningModule):
         skipped: steps skipped because loss or gradient was not finite.
         average: the moving average, which is what gets saved and validated.
         best, best_for: lowest validation loss so far, and validations since.
+        validated_at: step of the last validation.
         trained_s, busy_s: seconds over all starts, and those inside steps since this start.
     """
 
@@ -137,6 +138,7 @@ class Lesson(L.LightningModule):
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.step_number, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.best, self.best_for, self.good_steps = math.inf, 0, 0
+        self.validated_at = 0
         self.trained_s, self.busy_s = 0.0, 0.0
         self.precision_name = "fp32"
         self.loss_scale = 1.0
@@ -150,7 +152,7 @@ class Lesson(L.LightningModule):
     def set_precision(self, name: str) -> None:
         """One of `PRECISIONS`; float16 gets a scaled loss (Micikevicius et al. 2018)."""
         self.precision_name = name
-        if name == "fp16" and self.loss_scale == 1.0:
+        if name == "fp16" and self.step_number == 0:
             self.loss_scale = FP16_SCALE
 
     def progress(self) -> float:
@@ -221,9 +223,10 @@ class Lesson(L.LightningModule):
     def _backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Forward and backward over the batch, in as many passes as configured; mean losses."""
         passes = self.config.accumulate
+        share = len(batch["image"]) // passes
         sums: dict[str, Tensor] = {}
-        for part in range(passes):
-            piece = {k: v[part::passes] for k, v in batch.items()}
+        for part in range(passes):  # stretches, so that those of all processes are one's of one
+            piece = {k: v[part * share : (part + 1) * share] for k, v in batch.items()}
             image = piece["image"].contiguous(memory_format=torch.channels_last)
             dtype = PRECISIONS[self.precision_name]
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):

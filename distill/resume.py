@@ -32,6 +32,7 @@ FACTS = {  # name in the file -> attribute of the lesson
     "trained_s": "trained_s",
     "best": "best",
     "best_for": "best_for",
+    "validated_at": "validated_at",
     "good_steps": "good_steps",
     "loss_scale": "loss_scale",
 }
@@ -96,6 +97,7 @@ def load_state(lesson: Lesson, path: Path) -> None:
         lesson.average.student.load_state_dict(_part(tensors, "average."))
         if lesson.features is not None:
             lesson.features.load_state_dict(_part(tensors, "features."))
+        facts.setdefault("validated_at", facts["step"])  # states of before 2026-11-28
         for name, attribute in FACTS.items():
             setattr(lesson, attribute, facts[name])
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

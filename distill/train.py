@@ -158,6 +158,7 @@ def _train(
     refuse(of_student(ancestors(identity, model)), (licence or {}).get("refuse", []), what=out)
     if Task.DEPTH in model.tasks:
         _need_metres(sets, weights)
+    lessons = _lessons(config, model, sets, weights, clean=features is not None)
     folder = Path(out)
     finished = said_by_first(open_run(out, identity) if rank() == 0 else None)
     if finished:
@@ -165,7 +166,6 @@ def _train(
     if rank() == 0:
         for labels in tqdm(sets, desc="verify labels", unit="set", leave=False, disable=None):
             labels.verify()
-    lessons = _lessons(config, model, sets, weights, clean=features is not None)
     if rank() != 0:
         return _teach(lesson, lessons, folder, identity, device)
     with alone_in(folder):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distill.augment import MODES
 from teacher.errors import UsageError
 
 # Name -> what the student computes in under autocast; the losses are always float32.
@@ -92,6 +93,9 @@ class TrainerConfig:
         for name in ("lr", "grad_clip", "backbone_lr_factor", "layer_decay"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"trainer.{name}={getattr(self, name)}: expected more than 0")
+        for name in ("weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"trainer.{name}={getattr(self, name)}: expected at least 0")
         for name in ("ema_decay", "val_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"trainer.{name}={getattr(self, name)}: expected within [0, 1)")
@@ -103,6 +107,10 @@ class TrainerConfig:
             raise UsageError(f"trainer.precision={self.precision!r}: expected one of {known}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"trainer.device={self.device!r}: expected auto, cpu or cuda")
+        if self.augment not in MODES:
+            raise UsageError(
+                f"trainer.augment={self.augment!r}: expected one of {', '.join(MODES)}"
+            )
         if self.batch_size % (self.accumulate * self.devices):
             raise UsageError(
                 f"trainer.batch_size={self.batch_size}: expected a multiple of trainer.accumulate "

@@ -24,6 +24,7 @@ START_DEPTH_M = 3.0  # what an untrained depth head says
 START_SCALE = 0.2  # and its Laplace scale of log depth
 BINS = 32
 BIN_RANGE_M = (0.15, 150.0)  # first and last bin centre, canonical metres
+BIN_STEP = math.log(BIN_RANGE_M[1] / BIN_RANGE_M[0]) / (BINS - 1)  # between neighbours, log depth
 
 
 def bin_centres() -> Tensor:
@@ -65,7 +66,8 @@ class BinsDepthHead(nn.Module):
     Bins as in Fu et al. 2018, "DORN", spaced evenly in log depth; the answer is the expectation of
     Bhat et al. 2021 ("AdaBins", equation 3) over the most likely bin and its two neighbours only:
     over all bins it would mix foreground and background. The answer's range is the bins'. The
-    uncertainty is the mean distance of the distribution from the answer, in log depth.
+    uncertainty is the mean distance of the distribution from the answer, in log depth, less the
+    distance that a sure answer between two bins has from both.
     """
 
     def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
@@ -92,7 +94,11 @@ class BinsDepthHead(nn.Module):
         answer = _answer(log_depth, maps[:, BINS:]) | {"depth_bins": logits}
         if self.uncertainty:
             away = (share * (self.centres - log_depth).abs()).sum(1, keepdim=True)
-            answer["depth_uncertainty"] = away.clamp(min=math.exp(LOG_SCALE_RANGE[0]))
+            place = (log_depth - math.log(BIN_RANGE_M[0])) / BIN_STEP
+            beside = place - place.floor()
+            own = 2 * BIN_STEP * beside * (1 - beside)  # of a share 1 - beside and a share beside
+            least = math.exp(2 * LOG_SCALE_RANGE[0])
+            answer["depth_uncertainty"] = (away**2 - own**2).clamp(min=least).sqrt()
         return answer
 
 

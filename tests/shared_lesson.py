@@ -48,7 +48,8 @@ def learn(batch: dict[str, torch.Tensor], *, share: bool) -> tuple[Lesson, list[
     student = Student(
         backbone="test_efficientnet", height=32, width=64, tasks=tasks, classes=CLASSES
     )
-    lesson = Lesson(student, trainer_config({"steps": 9, "warmup_steps": 1, "device": "cpu"}))
+    config = {"steps": 9, "warmup_steps": 1, "device": "cpu", "batch_size": 8, "accumulate": 2}
+    lesson = Lesson(student, trainer_config(config))
     if share:
         share_norms(lesson.student)
     optimizer = torch.optim.SGD(

@@ -17,7 +17,7 @@ from test_train import STUDENT, TRAINER
 from distill import capture, conductor
 from distill.capture import replay
 from distill.features import TOLERANCE, feature_loss, frozen
-from distill.journal import Journal
+from distill.journal import Journal, judge
 from distill.lesson_report import curve, read_rows, write_report
 from distill.module import Lesson, layers_of, parameter_groups
 from distill.train import train
@@ -66,7 +66,7 @@ def test_accumulated_gradients_are_the_mean_of_the_passes(lesson):
     got = [p.grad.clone() for p in lesson.student.parameters()]
     lesson.student.zero_grad()
     for part in (0, 1):
-        piece = {k: v[part::2] for k, v in whole.items()}
+        piece = {k: v[2 * part : 2 * part + 2] for k, v in whole.items()}
         (all_losses(lesson.student(piece["image"]), piece)["total"] / 2).backward()
     for a, b in zip(got, lesson.student.parameters(), strict=True):
         torch.testing.assert_close(a, b.grad, rtol=1e-4, atol=1e-6)
@@ -86,6 +86,9 @@ def test_half_precision_scales_the_loss_and_an_overflow_costs_one_step(lesson):
     assert lesson.loss_scale == 2.0**125 and lesson.skipped == 0 and lesson.skipped_in_a_row == 1
     assert all(torch.equal(before[k], v) for k, v in lesson.student.state_dict().items())
     assert not list(lesson.folder.glob("bad-step-*"))
+    lesson.loss_scale = 1.0
+    lesson.set_precision("fp16")  # as a resumed lesson does
+    assert lesson.loss_scale == 1.0
 
 
 def test_a_bad_step_is_kept_and_runs_again(lesson, monkeypatch):
@@ -244,6 +247,19 @@ def test_a_student_starts_from_another_and_says_what_is_new(labels, tmp_path):
     other = {**STUDENT, "backbone": "test_resnet"}
     with pytest.raises(UsageError, match=r"init=.*its backbone is test_efficientnet"):
         train(data=labels, out=str(tmp_path / "c"), student=other, trainer=still, init=start)
+
+
+def test_the_outline_of_a_sky_that_was_seen_is_an_edge():
+    student = Student(**{**STUDENT, "tasks": ["depth"]})
+    depth = np.full((1, 1, 32, 64), 2.0, np.float32)
+    sky = np.zeros((1, 1, 32, 64), bool)
+    sky[..., :32] = True
+    truth = {"depth": np.where(sky, np.inf, depth), "focal_px": np.array([50.0])}
+    for seen in (True, False):
+        answer = {"depth": depth, "sky": np.where(sky & seen, 1.0, -1.0)}
+        assert judge(student, answer, truth, None, None)["boundary_f1"] == pytest.approx(
+            float(seen)
+        )
 
 
 def test_a_curve_is_drawn_to_scale_and_skips_what_is_not_finite():

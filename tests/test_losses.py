@@ -361,8 +361,9 @@ def test_surface_loss_is_the_angle_inside_one_surface_of_a_known_camera():
     }
     got = surface_loss({"depth": turned}, batch)["depth_surface"].item()
     assert got == pytest.approx(math.acos(0.8), abs=1e-4)
-    unknown = batch | {"camera_known": torch.tensor([False])}
-    assert surface_loss({"depth": turned}, unknown)["depth_surface"].item() == 0
+    worthless = {"normals_uncertainty": torch.full((1, 1, 12, 16), 80.0)}
+    for change in ({"camera_known": torch.tensor([False])}, worthless):
+        assert surface_loss({"depth": turned}, batch | change)["depth_surface"].item() == 0
 
 
 def test_surface_gradient_is_exact():

@@ -38,6 +38,16 @@ def test_bins_answer_the_better_surface_and_not_the_mean_of_two():
     assert said["depth_uncertainty"].item() == pytest.approx(away.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("beside", [0.0, 0.25, 0.5])
+def test_a_sure_answer_between_two_bins_is_as_sure_as_one_on_a_bin(beside):
+    maps = torch.full((BINS + 1,), -30.0)
+    maps[9], maps[10] = math.log(1 - beside), math.log(max(beside, 1e-12))
+    said = spoken(BinsDepthHead(8, stride=2, uncertainty=True), maps)
+    want = (1 - beside) * bin_centres()[9] + beside * bin_centres()[10]
+    assert said["depth"].log().item() == pytest.approx(want.item(), abs=1e-4)
+    assert said["depth_uncertainty"].item() < 0.003  # the bins are 0.22 apart
+
+
 def test_a_mixture_answers_its_higher_peak_with_the_expected_distance():
     near, far, b_near, b_far, weight = math.log(1.0), math.log(4.0), 0.1, 0.3, 0.4
     logit = math.log(weight / (1 - weight))

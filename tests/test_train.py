@@ -16,6 +16,7 @@ from analytic_scenes import analytic_label, write_analytic_set
 from distill import conductor, module
 from distill.conductor import Stopped
 from distill.journal import Journal
+from distill.lesson_report import read_rows
 from distill.module import Diverged, lr_factor
 from distill.resume import alone_in
 from distill.train import train
@@ -100,26 +101,32 @@ def test_a_finished_run_started_again_says_so_and_touches_nothing(whole_run, lab
     assert (out / "student.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code, step",
+    [(signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 5)],  # a validation is due after step 5
+)
 def test_a_signal_ends_the_step_and_the_next_start_is_the_same_lesson(
-    whole_run, labels, tmp_path, monkeypatch, number, code
+    whole_run, labels, tmp_path, monkeypatch, number, code, step
 ):
     out, note = tmp_path / "run", Journal.step
     before = signal.getsignal(number)
 
     def note_and_signal(journal: Journal, lesson: module.Lesson) -> None:
         note(journal, lesson)
-        if lesson.step_number == 6:
+        if lesson.step_number == step:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Journal, "step", note_and_signal)
-    with pytest.raises(Stopped, match="after step 6; the same command goes on") as caught:
+    with pytest.raises(Stopped, match=f"after step {step}; the same command goes on") as caught:
         train(data=str(labels), out=str(out), student=STUDENT, trainer=TRAINER)
     assert caught.value.exit_code == code and signal.getsignal(number) == before
-    assert load_student(out / "student.safetensors").provenance["steps"] == 6
+    assert load_student(out / "student.safetensors").provenance["steps"] == step
     monkeypatch.undo()
     train(data=str(labels), out=str(out), student=STUDENT, trainer={**TRAINER, "threads": 3})
     assert largest_difference(whole_run[0], out) <= 1e-6
+    held = [read_rows(f / "validation.csv") for f in (whole_run[0], out)]
+    for a, b in zip(*held, strict=True):  # patience counts them: none is left out
+        assert a == pytest.approx(b, abs=1e-5)
     want, got = (load_student(f / "student.safetensors") for f in (whole_run[0], out))
     for name, value in want.state_dict().items():
         torch.testing.assert_close(got.state_dict()[name], value, rtol=0, atol=1e-6)
@@ -325,6 +332,9 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
         ({"trainer": {**TRAINER, "batch_size": 4, "accumulate": 4, "devices": 2}}, "= 4 x 2"),
         ({"student": {**STUDENT, "decodr": 3}}, "student: no key decodr; the keys are backbone"),
         ({"student": {"backbone": "test_resnet"}}, "student: height and width must be given"),
+        ({"trainer": {**TRAINER, "augment": "wild"}}, "one of strong, geometry, none"),
+        ({"trainer": {**TRAINER, "weight_decay": -0.1}}, "weight_decay=-0.1: expected at least 0"),
+        ({"weights": [1, 2]}, "weights=[1, 2]: expected 1 number(s) >= 0"),
         ({"data": []}, "expected at least one label set"),
         ({"data": "/nowhere"}, "/nowhere: no such folder; expected a label set"),
     ],
