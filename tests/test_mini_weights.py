@@ -33,22 +33,28 @@ def fill(template: str) -> str:
 
 
 def known(fault: str, *values):
-    """A case that the shipped weights are known to fail (docs/results.md, measured 2026-11-25).
+    """A case that the shipped weights are known to fail (docs/results.md, measured 2026-11-28).
 
     Strict: weights that mend it make this test fail, so that the mark goes.
     """
     return pytest.param(*values, marks=pytest.mark.xfail(reason=fault, strict=True))
 
 
-MISREAD = "Please give every single {name} here a distinct colour; everything else is {background}."
-ANSWERED = ("Replace the sky with a sunset.", "Draw a box around each bicycle.")
+MISREAD = (
+    "Distance of every surface to the lens, please, as an RGB picture.",
+    "Paint the directions that walls and objects face.",
+    "Paint the classes listed here, each in its colour. {palette}",
+    "{palette} Recolour the photo accordingly, by class.",
+    "Tell the {name}s apart by colour; {background} for the remaining pixels.",
+)
 
 
 @pytest.mark.parametrize(
     ("kind", "template"),
     [
-        known("read as semantic", kind, text) if text == MISREAD else (kind, text)
-        for kind, texts in wordings.HELD_OUT.items()
+        known("misread", kind, text) if text in MISREAD else (kind, text)
+        for held_out in (wordings.HELD_OUT, wordings.FRESH)
+        for kind, texts in held_out.items()
         for text in texts
     ],
 )
@@ -56,10 +62,7 @@ def test_wordings_never_seen_in_training_are_understood(generator, kind, templat
     assert generator.kind_of(fill(template))[0] == kind
 
 
-@pytest.mark.parametrize(
-    "text",
-    [known("answered", t) if t in ANSWERED else t for t in wordings.UNKNOWN_HELD_OUT],
-)
+@pytest.mark.parametrize("text", [*wordings.UNKNOWN_HELD_OUT, *wordings.UNKNOWN_FRESH])
 def test_requests_it_was_not_tuned_for_are_refused(generator, text):
     with pytest.raises(UsageError, match=r"reads as .*it was tuned for depth, normals"):
         generator(None, text)
