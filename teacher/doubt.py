@@ -125,7 +125,7 @@ def signs(answers: Mapping[Task, Answer], task: Task, camera: Camera) -> dict[st
 
     ``residual`` and ``spread`` are there if the answer has them, as ``residual_depth`` and so on
     are of the other tasks' answers: what one answer stumbles over is hard for all;
-    ``near_residual...`` are the same, blurred, because an object is wrong as a whole. ``surface``
+    ``near_...`` are the same, blurred, because an object is wrong as a whole. ``surface``
     needs depth and normals, ``outline`` depth and semantic; ``steep`` and ``far`` (log metres)
     come with depth, ``lonely`` (distance to the next class border) with semantic. Residual, spread
     and surface are there once more as the image's mean (``image_...``), because a wrong scale is
@@ -141,7 +141,9 @@ def signs(answers: Mapping[Task, Answer], task: Task, camera: Camera) -> dict[st
             found[f"near_residual{name}"] = near
         if answer.uncertainty is not None:
             worst = {Task.NORMALS: 180.0}.get(other, 1.0)
-            found[f"spread{name}"] = _known(answer.uncertainty, worst)
+            spread = _known(answer.uncertainty, worst)
+            found[f"spread{name}"] = spread
+            found[f"near_spread{name}"] = gaussian_filter(spread, spread.shape[0] / NEAR_SHARE)
     depth = answers[Task.DEPTH].values if Task.DEPTH in answers else None
     if depth is not None:
         found["steep"] = np.clip(steepness(depth), 0, 3)

@@ -165,9 +165,10 @@ def test_signs_are_finite_cross_tasks_and_tell_of_the_neighbourhood_and_the_imag
     answers = {
         Task.DEPTH: Answer(task=Task.DEPTH, space=Space.METRIC, values=depth, residual=still + 3),
         Task.SEMANTIC: Answer(
-            task=Task.SEMANTIC, space=Space.CLASS_IDS, values=classes, residual=spot
+            task=Task.SEMANTIC, space=Space.CLASS_IDS, values=classes, residual=spot,
+            uncertainty=(spot == 40).astype(np.float32),
         ),
-    }
+    }  # fmt: skip
     of_depth = doubt.signs(answers, Task.DEPTH, camera())
     of_classes = doubt.signs(answers, Task.SEMANTIC, camera())
     assert np.isfinite(np.stack(list(of_depth.values()))).all()
@@ -178,6 +179,9 @@ def test_signs_are_finite_cross_tasks_and_tell_of_the_neighbourhood_and_the_imag
     near = of_depth["near_residual_semantic"]
     assert 40 > near[6, 4] > near[6, 5] > near[6, 10] == 0
     assert near[:3, :3].sum() < 61  # an outlier counts as 60
+    spread, near = of_depth["spread_semantic"], of_depth["near_spread_semantic"]
+    assert spread[6, 4] == 1 and spread.sum() == 1
+    assert 1 > near[6, 4] > near[6, 5] > near[6, 10] == 0
 
 
 def test_auroc_by_hand():

@@ -130,7 +130,7 @@ def test_instances_are_distinct_and_away_from_the_background():
 def test_an_absent_class_is_answered_with_nothing_but_background(rooms):
     pairs = source(rooms, "instances")
     empty = 0
-    for step in range(40):
+    for step in range(80):
         batch = pairs.draw(step)
         for text, picture, owner in zip(
             batch.prompts, to_pictures(batch.answer), batch.owner.tolist(), strict=True
@@ -192,8 +192,9 @@ def test_windows_change_what_is_seen_and_asked_but_never_what_a_caption_draws(ro
         seen = ((picture + 1) / 2).permute(1, 2, 0).numpy().ravel()
         return max(np.corrcoef(seen, w.ravel())[0, 1] for w in whole)
 
-    assert min(likeness(picture) for picture in windows.answer[drawn]) > 0.88
-    assert np.median([likeness(picture) for picture in windows.image]) < 0.88
+    of_captions = [likeness(picture) for picture in windows.answer[drawn]]
+    of_windows = [likeness(picture) for picture in windows.image]
+    assert min(of_captions) > 0.8 and np.median(of_captions) > np.median(of_windows) + 0.05
 
 
 def test_generation_pairs_answer_with_the_image_and_see_none(rooms):
