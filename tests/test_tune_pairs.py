@@ -5,7 +5,8 @@ import pytest
 import torch
 from mini_rooms import room, write_rooms
 
-from distill.tune.pairs import Look, Pairs, colour_table, instance_colours, swap_sides
+from distill.tune.look import Look
+from distill.tune.pairs import Pairs, colour_table, instance_colours, swap_sides
 from distill.tune.readings import framed
 from distill.tune.scenes_cache import (
     SKY_CODE,

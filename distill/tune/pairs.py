@@ -13,9 +13,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from distill.tune.look import Look, as_picture
 from distill.tune.readings import STYLES, framed
 from distill.tune.scenes_cache import (
     CODES,
@@ -24,14 +24,12 @@ from distill.tune.scenes_cache import (
     UNKNOWN_CODE,
     Scenes,
     depth_of_codes_m,
-    scaled_codes,
 )
 from teacher import prompts, wordings
 from teacher.prompts import KINDS, NOTATIONS, RGB
 
 DISTRACTORS = ("cat", "car", "tree", "person", "book", "cup", "dog", "curtain", "river", "bird",
                "guitar", "window blind", "plate", "shoe", "cloud", "bicycle")  # fmt: skip
-WINDOW_SIDES = (0.7, 1.0)  # of the sides of a scene that a window shows
 _CUBE = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1],
                   [1, 1, 1]], np.float32)  # fmt: skip
 
@@ -106,68 +104,6 @@ def instance_colours(masks: np.ndarray, *, mean: np.ndarray, background: RGB) ->
     band = size if mean[2] > 0 else 1 - size
     blue = 0.6 + 0.4 * band if background[2] < 128 else 0.4 * band
     return np.stack([red, green, blue], axis=1).astype(np.float32)
-
-
-def _picture(rgb: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rgb.transpose(2, 0, 1))
-
-
-@dataclass(frozen=True)
-class Look:
-    """What of a scene a pair shows: all of it or a window brought to full size, mirrored or not.
-
-    ``top``, ``left``, ``height``, ``width`` of the window and ``size`` (H, W) of the scene, in px.
-    """
-
-    size: tuple[int, int]
-    top: int
-    left: int
-    height: int
-    width: int
-    mirror: bool
-
-    @classmethod
-    def whole(cls, size: tuple[int, int], mirror: bool) -> Look:
-        """The scene as it is, or its mirror image."""
-        return cls(size, 0, 0, *size, mirror)
-
-    @classmethod
-    def window(cls, size: tuple[int, int], mirror: bool, rng: np.random.Generator) -> Look:
-        """A window of `WINDOW_SIDES` of the sides, anywhere."""
-        share = rng.uniform(*WINDOW_SIDES)
-        h, w = (max(1, round(share * n)) for n in size)
-        top, left = (int(rng.integers(n - k + 1)) for n, k in zip(size, (h, w), strict=True))
-        return cls(size, top, left, h, w, mirror)
-
-    def truth(self, plane: np.ndarray) -> np.ndarray:
-        """A plane [H, W, ...] of truth, every pixel taken from one of the scene's, never mixed."""
-        rows = self.top + ((np.arange(self.size[0]) + 0.5) * self.height / self.size[0]).astype(int)
-        columns = ((np.arange(self.size[1]) + 0.5) * self.width / self.size[1]).astype(int)
-        columns = self.left + (columns[::-1] if self.mirror else columns)
-        return np.asarray(plane)[np.ix_(rows, columns)]
-
-    def depth(self, codes: np.ndarray) -> np.ndarray:
-        """Depth codes; a window is seen with a longer lens, so D_c = D f_c / f is smaller there."""
-        codes = self.truth(codes)
-        return (
-            codes if self.width == self.size[1] else scaled_codes(self.width / self.size[1])[codes]
-        )
-
-    def normals(self, normals: np.ndarray) -> np.ndarray:
-        """Normals [H, W, 3] of int8 as float32; the mirror negates x."""
-        found = self.truth(normals).astype(np.float32) / 127
-        if self.mirror:
-            found[..., 0] *= -1
-        return found
-
-    def image(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> float32 in [0, 1]; windows are enlarged bilinearly."""
-        x = image[self.top : self.top + self.height, self.left : self.left + self.width]
-        x = (x[:, ::-1] if self.mirror else x).astype(np.float32) / 255
-        if x.shape[:2] == self.size:
-            return x
-        wide = F.interpolate(torch.from_numpy(_picture(x))[None], size=self.size, mode="bilinear")
-        return wide[0].permute(1, 2, 0).numpy()
 
 
 class Pairs:
@@ -248,7 +184,7 @@ class Pairs:
                 texts.append(text)
                 kinds.append(KINDS.index(kind))
                 if answer is not None:
-                    answers.append(_picture(answer))
+                    answers.append(as_picture(answer))
                 else:
                     drawn = image if look is whole else self._augmented(int(index), whole, rng)
                     answers.append(drawn)
@@ -281,14 +217,14 @@ class Pairs:
         depth = look.depth(self.scenes.depth[index])[at]
         normals = look.normals(self.scenes.normals[index])[at]
         semantic = look.truth(self.scenes.semantic[index])[at]
-        return self.log_depth[depth], _picture(normals), semantic.astype(np.int64)
+        return self.log_depth[depth], as_picture(normals), semantic.astype(np.int64)
 
     def _augmented(self, index: int, look: Look, rng: np.random.Generator) -> np.ndarray:
         """A look at a scene as a picture, with exposure, gamma and white balance jittered."""
         x = look.image(self.scenes.image[index]) ** np.exp(rng.normal(0, 0.12))
         x = x * np.exp(rng.normal(0, 0.06, 3)).astype(np.float32) * np.exp(rng.normal(0, 0.08))
         x = x + rng.normal(0, rng.uniform(0, 0.015), x.shape)
-        return _picture(np.clip(x, 0, 1).astype(np.float32) * 2 - 1)
+        return as_picture(np.clip(x, 0, 1).astype(np.float32) * 2 - 1)
 
     def pair(
         self, index: int, kind: str, look: Look, mean: np.ndarray, rng: np.random.Generator

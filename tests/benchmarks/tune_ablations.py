@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from distill.tune.adapter import SIGHT_SHARE, Losses, MiniAdapter
+from distill.tune.look import Look
 from distill.tune.module import TuneModule
-from distill.tune.pairs import Batch, Look, Pairs
+from distill.tune.pairs import Batch, Pairs
 from distill.tune.scenes_cache import (
     NO_CLASS,
     SKY_CODE,
