@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 import types
 import typing
@@ -46,6 +47,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENODEV,
                errno.ESTALE, errno.ETIMEDOUT}  # fmt: skip
+GRACE_S = 25.0  # of a label job after a signal; SLURM and Kubernetes kill after 30
 EXTRAS = {"mitsuba": "scenes", "tensorrt": "tensorrt", "ray": "ray"}
 
 
@@ -238,18 +240,33 @@ def _first_lines(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def handled_signals() -> Iterator[None]:
+def handled_signals(grace_s: float | None = None) -> Iterator[None]:
     """The first SIGTERM or SIGINT lets the verb tidy up; a second one ends it at once.
 
+    So does the end of ``grace_s`` seconds after the first one (None: the verb takes its time).
     Ending at once is safe (what is committed stays) and leaves hidden files for the next run to
     remove.
     """
     seen: list[int] = []
+    patience: list[threading.Timer] = []
+
+    def give_up(number: int) -> None:
+        print(
+            f"distill: not done {grace_s:g} s after the signal, so it ended at once (a disk may "
+            "hang). Sealed shards are intact; the same command goes on.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + number)
 
     def handle(number: int, _: object) -> None:
         seen.append(number)
         if len(seen) > 1:
             os._exit(128 + number)
+        if grace_s is not None:
+            patience.append(threading.Timer(grace_s, give_up, [number]))
+            patience[0].daemon = True
+            patience[0].start()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Interrupted("terminated (SIGTERM); the same command goes on where it stopped.")
@@ -263,6 +280,8 @@ def handled_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for timer in patience:
+            timer.cancel()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -282,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(verb_help(verb))
         return 0
-    with handled_signals():
+    with handled_signals(GRACE_S if verb == "label" else None):
         try:
             if any(a in ("-m", "--multirun") for a in rest):
                 return sweep(verb, rest)

@@ -3,8 +3,8 @@
 As a program it reads one JSON order a line: ``start`` forks a job with a fault armed and answers
 its pid, ``wait`` answers how it ended. Faults strike at the k-th line that the job executes in the
 code that commits (`CODE`), in whichever thread: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``
-(an OSError); ``limit`` makes the kernel refuse files beyond some bytes from the n-th call of a
-function on. The pytest side is `Jobs`, the invariant is `assert_whole`.
+(an OSError), ``hang`` (it waits for ever); ``limit`` makes the kernel refuse files beyond some
+bytes from the n-th call of a function on. The pytest side is `Jobs`, the invariant is `assert_whole`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,20 @@ class Flat:
             }
             for q in queries
         ]
+
+
+class Fails(Flat):
+    """The same teacher; it raises when it comes to its ``at``-th image, and says it is `Flat`."""
+
+    def __init__(self, *, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def answer(self, queries, tasks):
+        self.left -= len(queries)
+        if self.left <= 0:
+            raise RuntimeError(f"illegal memory access, {-self.left} images after the bad one")
+        return super().answer(queries, tasks)
 
 
 class Logged(Flat):
@@ -160,6 +174,9 @@ def arm(fault: dict) -> itertools.count:
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault["kind"] == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault["kind"] == "hang":
+            Path(fault["sign"]).touch()
+            threading.Event().wait()
         elif fault["kind"] == "limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
         elif fault["kind"] == "raise":
@@ -193,7 +210,7 @@ def child(job: dict, fault: dict | None, errors: int) -> None:
     sys.stderr = os.fdopen(2, "w")
     commit.Lease.LIFETIME_S = LEASE_S
     counter, code = None, 0
-    with cli.handled_signals():
+    with cli.handled_signals((fault or {}).get("grace_s")):
         try:
             if fault is not None:
                 commit.WAITS_S = engines.WAITS_S = (0.0, 0.0, 0.0, 0.0)

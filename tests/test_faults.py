@@ -197,3 +197,36 @@ def test_signals_abandon_the_shard_and_a_second_one_ends_at_once(
     found = faults.content(place / "set")
     assert [r["uri"] for r in found["rows"]] == [r["uri"] for r in reference["rows"]]
     assert problems_of(place / "set") == {}
+
+
+@pytest.mark.parametrize("function", ["commit", "_name"])
+def test_a_commit_that_hangs_holds_a_signal_up_for_the_grace_time_only(
+    jobs, photos, place, reference, function
+):
+    sign = place / "hangs"
+    fault = {"kind": "hang", "function": function, "call": 2, "sign": str(sign), "grace_s": 0.5}
+    job = options(photos, place / "set")
+    pid = jobs.start(job, fault)
+    deadline = time.monotonic() + 60
+    while not sign.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    signalled = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    ended = jobs.wait(pid)
+    assert ended["code"] == 128 + signal.SIGTERM, ended["text"]
+    assert "0.5 s after the signal" in ended["text"]
+    assert time.monotonic() - signalled < 30
+    assert jobs.run(job)["code"] == 0
+    assert_whole(place / "set", reference)
+
+
+def test_a_teacher_that_fails_at_any_image_loses_nothing(jobs, photos, place, reference):
+    for image in range(1, 8):
+        out = place / f"set{image}"
+        failed = jobs.run(options(photos, out, teacher={"name": "faults:Fails", "at": image}))
+        assert failed["code"] == 4, failed["text"]
+        assert "illegal memory access" in failed["text"]
+        assert not list(out.glob(".*"))
+        assert jobs.run(options(photos, out))["code"] == 0
+        assert_whole(out, reference)

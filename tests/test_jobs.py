@@ -11,6 +11,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -614,6 +615,30 @@ def test_what_a_large_job_costs_is_said_before_it_starts(tmp_path, capsys, monke
     with pytest.raises(EnvironmentFailure, match="the labels will need about"):
         run(photos, tmp_path / "full", batch_size=1)
     assert not list((tmp_path / "full").glob("*shard*"))
+
+
+class Counting(PlaneTeacher):
+    """Keeps the keys that it was asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def answer(self, queries, tasks):
+        self.asked += [query.key for query in queries]
+        return super().answer(queries, tasks)
+
+
+def test_what_the_probe_asked_is_not_asked_again(tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos", n=10)
+    run(photos, tmp_path / "plain", batch_size=2)
+    Counting.asked.clear()
+    monkeypatch.setattr("teacher.jobs.run.PROBE_FROM_BATCHES", 2)
+    result = run(photos, tmp_path / "set", batch_size=2, teacher={"name": "test_jobs:Counting"})
+    first, *rest = Counting.asked
+    assert first == rest[0]  # to warm up
+    assert sorted(rest) == sorted(set(rest)) and len(rest) == 11
+    assert 0 < result["teacher_share"] <= 1
+    for tar in (tmp_path / "plain").glob("*.tar"):
+        assert (tmp_path / "set" / tar.name).read_bytes() == tar.read_bytes()
 
 
 def test_a_refused_licence_stops_the_job_before_it_starts(tmp_path):

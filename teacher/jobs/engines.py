@@ -142,6 +142,8 @@ class Worker:
         )
         helped = sys.platform == "linux" and len(self.plan.entries) >= HELPED_FROM
         self.helpers = Helpers(self.finish) if helped else None
+        self.probed: dict[str, Future] = {}  # what `probe` finished, by key
+        self.probe_s = 0.0  # of the teacher, for these
 
     def close(self) -> None:
         """End the helper processes; a later `run` starts new ones."""
@@ -157,7 +159,7 @@ class Worker:
             return self._run(numbers, wait=wait)
 
     def _run(self, numbers: Sequence[int], *, wait: bool) -> Tally:
-        self.tally, self.started = Tally(), time.monotonic()
+        self.tally, self.started = Tally(), time.monotonic() - self.probe_s
         sizes = {n: len(self.plan.shard(n)) for n in numbers}
         total, left, failures = sum(sizes.values()), list(numbers), 0
         with tqdm(total=total, desc="label", unit="img", mininterval=1, disable=self.quiet) as bar:
@@ -200,9 +202,10 @@ class Worker:
         time.sleep(WAITS_S[failures])
 
     def probe(self, number: int) -> tuple[float, float]:
-        """Seconds inside the teacher and bytes per image, from one batch whose answers are dropped.
+        """Seconds inside the teacher and bytes per image, from the first batch of a shard.
 
-        One image is asked before the clock starts, to warm up kernels and caches.
+        One image is asked before the clock starts, to warm up kernels and caches. What the batch
+        gave is kept: `run` does not ask for it again.
         """
         items = [self._prepare(entry) for entry in next(self.plan.batches(number))]
         asked = [item for item in items if item.query is not None]
@@ -215,8 +218,14 @@ class Worker:
         teacher_s = time.monotonic() - before
         size = 0
         for item, answer in zip(asked, answers, strict=True):
-            with contextlib.suppress(LabelError):
-                size += sum(len(data) + 1024 for _, data in self.finish(item, *answer)[0])
+            done: Future[tuple[list, dict]] = Future()
+            try:
+                done.set_result(self.finish(item, *answer))
+                size += sum(len(data) + 1024 for _, data in done.result()[0])
+            except LabelError as error:
+                done.set_exception(error)
+            self.probed[item.entry.key] = done
+        self.probe_s = teacher_s
         return teacher_s / len(items), size / len(items)
 
     def _pass(self, numbers: Sequence[int], bar: tqdm) -> None:
@@ -301,16 +310,19 @@ class Worker:
         for batch in self.plan.batches(writer.number):
             items = [next(prepared) for _ in batch]
             queries = [item.query for item in items if item.query is not None]
-            before = time.monotonic()
-            answers = iter(self._ask(queries) if queries else [])
-            asked_s = time.monotonic() - before
+            if queries and all(query.key in self.probed for query in queries):
+                ready = iter([self.probed.pop(query.key) for query in queries])
+                asked_s, self.probe_s = self.probe_s, 0.0
+            else:
+                before = time.monotonic()
+                answers = self._ask(queries) if queries else []
+                asked_s = time.monotonic() - before
+                asked = [item for item in items if item.query is not None]
+                ready = (pool.submit(finish, i, *a) for i, a in zip(asked, answers, strict=True))
             teacher_s += asked_s
             self.tally.teacher_s += asked_s
             for item in items:
-                finished = None
-                if item.query is not None:
-                    finished = pool.submit(finish, item, *next(answers))
-                waiting.append((item, finished))
+                waiting.append((item, next(ready) if item.query is not None else None))
             self._drain(writer, waiting, bar, keep=2 * self.plan.batch_size)
         return teacher_s
 

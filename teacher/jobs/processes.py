@@ -153,8 +153,9 @@ def run_processes(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Ta
     except BaseException:
         for process in pool:
             process.terminate()
+        given_up = time.monotonic() + GRACE_S  # for all of them together
         for process in pool:
-            process.join(GRACE_S)
+            process.join(max(given_up - time.monotonic(), 0))
             process.kill()
         raise
     tally, errors = Tally(), []
