@@ -4,7 +4,8 @@ As a program it reads one JSON order a line: ``start`` forks a job with a fault 
 its pid, ``wait`` answers how it ended. Faults strike at the k-th line that the job executes in the
 code that commits (`CODE`), in whichever thread: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``
 (an OSError), ``hang`` (it waits for ever); ``limit`` makes the kernel refuse files beyond some
-bytes from the n-th call of a function on. The pytest side is `Jobs`, the invariant is `assert_whole`.
+bytes from the n-th call of a function on. The pytest side is `Jobs`, the invariant is
+`assert_whole`.
 """
 
 from __future__ import annotations

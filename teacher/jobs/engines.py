@@ -32,6 +32,7 @@ from teacher.shard_writer import ShardWriter
 from teacher.shards import seal_path, shard_name
 
 Waiting = deque[tuple[Prepared, Future | None]]  # samples on their way to the tar, in order
+BATCHES_AHEAD = 2  # that the teacher may be ahead of the tar, beside the two that are encoded
 HELPED_FROM = 100  # inputs; a smaller job would be over before a helper process has started
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -142,7 +143,7 @@ class Worker:
         )
         helped = sys.platform == "linux" and len(self.plan.entries) >= HELPED_FROM
         self.helpers = Helpers(self.finish) if helped else None
-        self.probed: dict[str, Future] = {}  # what `probe` finished, by key
+        self.probed: dict[str, tuple] = {}  # answers to `probe`, by key
         self.probe_s = 0.0  # of the teacher, for these
 
     def close(self) -> None:
@@ -204,8 +205,8 @@ class Worker:
     def probe(self, number: int) -> tuple[float, float]:
         """Seconds inside the teacher and bytes per image, from the first batch of a shard.
 
-        One image is asked before the clock starts, to warm up kernels and caches. What the batch
-        gave is kept: `run` does not ask for it again.
+        One image is asked before the clock starts, to warm up kernels and caches; one label is
+        made for its size. The batch's answers are kept: `run` does not ask for them again.
         """
         items = [self._prepare(entry) for entry in next(self.plan.batches(number))]
         asked = [item for item in items if item.query is not None]
@@ -216,24 +217,21 @@ class Worker:
         before = time.monotonic()
         answers = self._ask(queries)
         teacher_s = time.monotonic() - before
-        size = 0
-        for item, answer in zip(asked, answers, strict=True):
-            done: Future[tuple[list, dict]] = Future()
-            try:
-                done.set_result(self.finish(item, *answer))
-                size += sum(len(data) + 1024 for _, data in done.result()[0])
-            except LabelError as error:
-                done.set_exception(error)
-            self.probed[item.entry.key] = done
+        self.probed = dict(zip((query.key for query in queries), answers, strict=True))
         self.probe_s = teacher_s
-        return teacher_s / len(items), size / len(items)
+        for item, answer in zip(asked, answers, strict=True):
+            with contextlib.suppress(LabelError):
+                size = sum(len(data) + 1024 for _, data in self.finish(item, *answer)[0])
+                return teacher_s / len(items), size * len(asked) / len(items)
+        return teacher_s / len(items), 0.0
 
     def _pass(self, numbers: Sequence[int], bar: tqdm) -> None:
         """Once over the shards; those leased by others are left alone."""
         with (
             Claims(self.folder, numbers) as claims,
             impatient_pool(self.threads) as decoders,
-            impatient_pool(self.threads) as encoders,
+            impatient_pool(1) as drainer,
+            impatient_pool(self.threads) as encoders,  # ends before the one that waits for it
             ThreadPoolExecutor(1) as committer,
         ):
             shards, entries = itertools.tee(iter(claims))
@@ -248,14 +246,17 @@ class Worker:
             for number in shards:
                 writer = ShardWriter(self.folder, number, plan_hash=self.plan_hash)
                 waiting: Waiting = deque()
+                drains: list[Future[None]] = []
                 try:
-                    teacher_s = self._fill(writer, waiting, prepared, encoders, bar)
+                    teacher_s = self._fill(
+                        writer, waiting, drains, prepared, encoders, drainer, bar
+                    )
                 except BaseException:
                     writer.abandon()
                     raise
                 # the last samples are awaited there, while the teacher has the next shard
                 commits.append(
-                    committer.submit(self._commit, writer, waiting, claims, teacher_s, bar)
+                    committer.submit(self._commit, writer, waiting, drains, claims, teacher_s, bar)
                 )
                 while len(commits) > 1:
                     commits.popleft().result()
@@ -267,9 +268,17 @@ class Worker:
         return patiently(work, what=f"reading {entry.uri}")
 
     def _commit(
-        self, writer: ShardWriter, waiting: Waiting, claims: Claims, teacher_s: float, bar: tqdm
+        self,
+        writer: ShardWriter,
+        waiting: Waiting,
+        drains: list[Future[None]],
+        claims: Claims,
+        teacher_s: float,
+        bar: tqdm,
     ) -> None:
         try:
+            for drain in drains:
+                drain.result()
             self._drain(writer, waiting, bar, keep=0)
         except BaseException:
             writer.abandon()
@@ -297,33 +306,41 @@ class Worker:
         self,
         writer: ShardWriter,
         waiting: Waiting,
+        drains: list[Future[None]],
         prepared: Iterator[Prepared],
-        pool: ThreadPoolExecutor,
+        encoders: ThreadPoolExecutor,
+        drainer: ThreadPoolExecutor,
         bar: tqdm,
     ) -> float:
         """One shard: batches to the teacher, finished samples to the tar, in plan order.
 
-        Leaves the last two batches in ``waiting``; returns the seconds spent inside the teacher.
+        ``drains`` are on their way to the tar, the last two batches are left in ``waiting``.
+        Returns the seconds spent inside the teacher.
         """
         finish: Callable[..., tuple[list, dict]] = self.helpers or self.finish
         teacher_s = 0.0
         for batch in self.plan.batches(writer.number):
             items = [next(prepared) for _ in batch]
             queries = [item.query for item in items if item.query is not None]
-            if queries and all(query.key in self.probed for query in queries):
-                ready = iter([self.probed.pop(query.key) for query in queries])
-                asked_s, self.probe_s = self.probe_s, 0.0
+            if all(query.key in self.probed for query in queries):
+                answers = iter([self.probed.pop(query.key) for query in queries])
+                asked_s, self.probe_s = (self.probe_s, 0.0) if queries else (0.0, self.probe_s)
             else:
                 before = time.monotonic()
-                answers = self._ask(queries) if queries else []
+                answers = iter(self._ask(queries))
                 asked_s = time.monotonic() - before
-                asked = [item for item in items if item.query is not None]
-                ready = (pool.submit(finish, i, *a) for i, a in zip(asked, answers, strict=True))
             teacher_s += asked_s
             self.tally.teacher_s += asked_s
             for item in items:
-                waiting.append((item, next(ready) if item.query is not None else None))
-            self._drain(writer, waiting, bar, keep=2 * self.plan.batch_size)
+                finished = None
+                if item.query is not None:
+                    finished = encoders.submit(finish, item, *next(answers))
+                waiting.append((item, finished))
+            drains.append(
+                drainer.submit(self._drain, writer, waiting, bar, keep=2 * self.plan.batch_size)
+            )
+            if len(drains) > BATCHES_AHEAD:
+                drains[-1 - BATCHES_AHEAD].result()
         return teacher_s
 
     def _drain(self, writer: ShardWriter, waiting: Waiting, bar: tqdm, *, keep: int) -> None:
