@@ -1,11 +1,12 @@
 """Many answers to one question -> one answer and its spread, never a blend of two readings.
 
-Every centre is a member's own value: the lower median, or where members disagree (edges, two valid
-readings) the member that its neighbourhood is closest to, so that a region comes from one member.
-Nothing here sees an encoded colour. Spreads: ``raw`` says how much members disagree, scale
-included; ``aligned`` what is left once every member's global scale is taken out (structure).
-Windows of the image only doubt: shown larger, it is answered worse (docs/results.md), so they count
-in spreads and not in centres.
+A robust centre comes first: the lower median of depths, the direction closest to all others. The
+answer is the mean of the members that read the same, those near the centre; a member that reads
+something else (another scale, the other side of an edge) has no part in it. Nothing here sees an
+encoded colour. Spreads: ``raw`` says how much members disagree, scale included; ``aligned`` what is
+left once every member's global scale is taken out (structure). A window of the image has half a
+vote where it sees: shown larger, an image is answered a little worse, with finer borders
+(docs/results.md).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import uniform_filter
 
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.label import Answer, Space, Task
 
-REGION_PX = 5  # window in which one member is chosen where members disagree
-TWO_READINGS = 0.1  # |log ratio| beyond which members are taken to disagree
+ONE_READING = 0.2  # |log ratio| to the centre within which a depth is the same reading
+ONE_READING_AFFINE = 0.05  # the same for affine depth, in units of its range
+ONE_READING_DEG = 20.0  # the same for normals
+WINDOW_VOTE = 0.5  # of a window, where an answer to the whole image has one
 MATCH_IOU = 0.5  # two instances of two members are the same above this
 
 
@@ -92,11 +94,11 @@ def variants(*, seeds: int = 1, mirror: bool = False, crops: int = 0) -> list[Va
     ]
 
 
-def merge(answers: Sequence[Answer], *, voters: int | None = None) -> Answer:
+def merge(answers: Sequence[Answer], *, whole: int | None = None) -> Answer:
     """One answer from several of the same task, space and size.
 
-    The first ``voters`` (None: all) decide on values, residual and instances; the others, answers
-    to windows of the image, count in the spread alone.
+    The first ``whole`` (None: all) were given to the whole image; they alone decide on instances,
+    on the residual, and on what is unknown. The others were given to windows of it.
 
     ``uncertainty`` becomes the members' aligned spread in the task's unit for depth (mean |log
     ratio| to the centre), the mean angle to the centre for normals, 1 - share of votes for
@@ -121,19 +123,19 @@ def merge(answers: Sequence[Answer], *, voters: int | None = None) -> Answer:
             )
     if len(answers) == 1:
         return first
-    stack, deciding = np.stack([a.values for a in answers]), answers[:voters]
+    stack, deciding = np.stack([a.values for a in answers]), answers[:whole]
     facts: dict[str, Any] = {"members": len(answers)}
     if first.task is Task.DEPTH:
-        merged = merge_depth(stack, positive=first.space is Space.METRIC, voters=voters)
+        merged = merge_depth(stack, positive=first.space is Space.METRIC, whole=whole)
         values, spread = merged.values, merged.aligned
         facts |= {"raw_spread": _median(merged.raw), "aligned_spread": _median(merged.aligned)}
     elif first.task is Task.NORMALS:
-        values, spread = merge_normals(stack, voters=voters)
+        values, spread = merge_normals(stack, whole=whole)
     elif first.task is Task.SEMANTIC:
-        values, spread = merge_classes(stack, voters=voters)
+        values, spread = merge_classes(stack, whole=whole)
     else:
         tables = [a.extras.get("instances", []) for a in deciding]
-        values, table = merge_instances(stack[:voters], tables)
+        values, table = merge_instances(stack[:whole], tables)
         spread, facts["instances"] = None, table
     residual = None
     if all(a.residual is not None for a in deciding):
@@ -170,17 +172,29 @@ class DepthConsensus:
     scales: np.ndarray
 
 
-def lower_median(stack: np.ndarray) -> np.ndarray:
-    """Per pixel the lower median of the known members [K, H, W]; NaN where most are unknown.
+def _votes(members: int, whole: int | None) -> np.ndarray:
+    """[K, 1, 1]: what each member counts."""
+    votes = np.ones((members, 1, 1))
+    votes[members if whole is None else whole :] = WINDOW_VOTE
+    return votes
 
-    +inf (sky) votes as a value: two readings never meet in the middle.
+
+def _mostly_unknown(unknown: np.ndarray, whole: int | None) -> np.ndarray:
+    """[K, H, W] -> [H, W]: whether at least half of the answers to the whole image do not know."""
+    return 2 * unknown[:whole].sum(0) >= len(unknown[:whole])
+
+
+def lower_median(stack: np.ndarray, votes: np.ndarray) -> np.ndarray:
+    """Per pixel the lower median of the known members [K, H, W] with ``votes`` [K, 1, 1].
+
+    It is a member's own value; +inf (sky) votes as a value, so that two readings never meet in the
+    middle. NaN where no member knows.
     """
-    known = ~np.isnan(stack)
-    count = known.sum(0)
-    ordered = np.sort(stack, axis=0)  # NaN last
-    at = np.maximum(count - 1, 0) // 2
-    centre = np.take_along_axis(ordered, at[None], 0)[0]
-    return np.where(2 * count > len(stack), centre, np.nan).astype(stack.dtype)
+    order = np.argsort(stack, axis=0)  # NaN last
+    ordered = np.take_along_axis(stack, order, 0)
+    reached = np.cumsum(np.take_along_axis(np.where(np.isnan(stack), 0.0, votes), order, 0), axis=0)
+    at = (reached >= reached[-1:] / 2).argmax(0)
+    return np.take_along_axis(ordered, at[None], 0)[0]
 
 
 def _log_gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -191,36 +205,25 @@ def _log_gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(np.isinf(gap), 3.0, gap)
 
 
-def regional_medoid(stack: np.ndarray) -> np.ndarray:
-    """Per pixel the index of the member [K, H, W] closest to all others over its neighbourhood."""
-    cost = np.zeros(stack.shape)
-    for i, a in enumerate(stack):
-        gaps = [_log_gap(a, b) for b in stack]
-        cost[i] = uniform_filter(
-            np.nan_to_num(np.sum(gaps, axis=0), nan=3.0 * len(stack)), REGION_PX
-        )
-    return cost.argmin(0)
-
-
 def merge_depth(
-    stack: np.ndarray, *, positive: bool = True, voters: int | None = None
+    stack: np.ndarray, *, positive: bool = True, whole: int | None = None
 ) -> DepthConsensus:
-    """Depths [K, H, W] (NaN unknown, +inf sky) -> centre (of the first ``voters``) and spreads.
+    """Depths [K, H, W] (NaN unknown, +inf sky) -> values and spreads.
 
-    Where members agree within `TWO_READINGS` the centre is the lower median; elsewhere the
-    regional medoid's own value. With ``positive`` False (affine depth) logs are not taken.
+    The values are the geometric mean of the members within `ONE_READING` of the lower median.
+    With ``positive`` False (affine depth) logs are not taken: the mean of those within
+    `ONE_READING_AFFINE`.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(stack.astype(np.float64)) if positive else stack.astype(np.float64)
-    deciding = logs[:voters]
-    median = lower_median(deciding)
-    disagree = np.nanmax(np.nan_to_num(_log_gap(deciding, median[None]), nan=0.0), axis=0)
-    member = np.take_along_axis(stack, regional_medoid(deciding)[None], 0)[0]
-    centre_value = lower_median(stack[:voters])
-    values = np.where((disagree > TWO_READINGS) & ~np.isnan(member), member, centre_value)
-    values = np.where(np.isnan(centre_value), np.nan, values).astype(np.float32)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        centre = np.log(values.astype(np.float64)) if positive else values.astype(np.float64)
+    votes = _votes(len(stack), whole)
+    middle = lower_median(logs, votes)
+    reach = ONE_READING if positive else ONE_READING_AFFINE
+    votes = votes * (np.isfinite(logs) & (_log_gap(logs, middle[None]) <= reach))
+    total = (votes * np.where(votes > 0, logs, 0.0)).sum(0)
+    centre = np.where(np.isfinite(middle), total / np.maximum(votes.sum(0), WINDOW_VOTE), middle)
+    centre[_mostly_unknown(np.isnan(logs), whole)] = np.nan
+    values = (np.exp(centre) if positive else centre).astype(np.float32)
     scales = np.zeros(len(stack))
     for k, log in enumerate(logs):
         both = np.isfinite(log) & np.isfinite(centre)
@@ -236,35 +239,42 @@ def _mean_known(gaps: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def merge_normals(stack: np.ndarray, *, voters: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Normals [K, H, W, 3] -> (of ``voters`` the one closest to all, mean angle of all to it)."""
+def merge_normals(stack: np.ndarray, *, whole: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Normals [K, H, W, 3] -> (unit normals, mean angle of all members to them in degrees).
+
+    The mean direction of the members within `ONE_READING_DEG` of the one that is closest to all.
+    """
     known = ~np.isnan(stack[..., 0])
+    votes = _votes(len(stack), whole) * known
     safe = np.nan_to_num(stack).astype(np.float64)
-    likeness = np.einsum("ihwc,jhwc->ihw", safe[:voters], safe[:voters])
-    likeness = np.where(known[:voters], likeness, -np.inf)
-    best = likeness.argmax(0)
-    values = np.take_along_axis(stack, best[None, ..., None], 0)[0]
-    chord = np.linalg.norm(safe - np.nan_to_num(values), axis=-1)  # exact near 0, unlike arccos
-    angle_deg = np.where(known, np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1))), np.nan)
-    spread = _mean_known(angle_deg)
-    none = 2 * known[:voters].sum(0) <= len(stack[:voters])
+    likeness = np.einsum("ihwc,jhwc,jhw->ihw", safe, safe, votes)
+    best = np.where(known, likeness, -np.inf).argmax(0)
+    middle = np.take_along_axis(safe, best[None, ..., None], 0)[0]
+    votes = votes * (_angle_deg(safe, middle) <= ONE_READING_DEG)
+    mean = (safe * votes[..., None]).sum(0)
+    values = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+    spread = _mean_known(np.where(known, _angle_deg(safe, values), np.nan))
+    none = _mostly_unknown(~known, whole)
     values, spread = values.astype(np.float32), spread.astype(np.float32)
     values[none], spread[none] = np.nan, np.nan
     return values, spread
 
 
-def merge_classes(stack: np.ndarray, *, voters: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids [K, H, W] -> (majority of ``voters``, 1 - its share); a tie goes to the first.
+def _angle_deg(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Angle between unit vectors [..., 3], by the chord: exact near 0, unlike arccos."""
+    return np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(a - b, axis=-1) / 2, 0, 1)))
 
-    The share is that of the voters and of the windows that see the pixel.
-    """
+
+def merge_classes(stack: np.ndarray, *, whole: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids [K, H, W] -> (majority of the votes, 1 - its share); a tie goes to the first."""
     unknown = np.iinfo(stack.dtype).max
-    deciding, windows = stack[:voters], stack[len(stack[:voters]) :]
-    votes = np.stack([(deciding == one).sum(0) for one in deciding])
-    votes[deciding == unknown] = 0
-    values = np.take_along_axis(deciding, votes.argmax(0)[None], 0)[0]
-    seen = len(deciding) + (windows != unknown).sum(0)
-    share = (stack == values).sum(0) / seen
+    votes = np.broadcast_to(_votes(len(stack), whole), stack.shape)
+    total = np.stack([(votes * (stack == one)).sum(0) for one in stack])
+    total[stack == unknown] = 0
+    values = np.take_along_axis(stack, total.argmax(0)[None], 0)[0]
+    values[(stack[:whole] == unknown).all(0)] = unknown
+    blind = (stack == unknown) & (np.arange(len(stack))[:, None, None] >= len(stack[:whole]))
+    share = (votes * (stack == values)).sum(0) / (votes * ~blind).sum(0)
     return values, np.where(values == unknown, np.nan, 1 - share).astype(np.float32)
 
 
@@ -275,7 +285,8 @@ def merge_instances(
 
     The reference is the member whose instances the others find most often. Each of its instances
     is matched in every other member by IoU > 0.5 and equal class; one found by fewer than half of
-    all members is dropped; a pixel belongs to it if more than half of the matches hold it.
+    all members is dropped; a pixel belongs to it if more than half of the matches hold it, in a draw
+    if the reference does.
     ``score`` is the mean IoU over all members, 0 where it is missing.
     """
     classes = [{row["id"]: row.get("class") for row in table} for table in tables]
@@ -288,7 +299,7 @@ def merge_instances(
     for old, (masks, iou) in ranked:
         if 2 * len(masks) < len(stack):
             continue
-        inside = (2 * np.sum(masks, axis=0) > len(masks)) & (values == 0)
+        inside = (2 * np.sum(masks, axis=0) + masks[0] > len(masks)) & (values == 0)
         if not inside.any():
             continue
         new = len(table) + 1

@@ -1,4 +1,4 @@
-"""Consensus: centres are members' values, spreads by hand, the mirror undone with x negated."""
+"""Consensus: readings are never blended, spreads by hand, the mirror undone with x negated."""
 
 import numpy as np
 import pytest
@@ -16,45 +16,62 @@ def depth_answer(values):
     return Answer(task=Task.DEPTH, space=Space.METRIC, values=np.asarray(values, np.float32))
 
 
+def lower_median(*values, votes=None):
+    stack = np.float32(values)[:, None, None]
+    votes = np.ones(len(stack)) if votes is None else np.array(votes)
+    return consensus.lower_median(stack, votes[:, None, None]).item()
+
+
 def test_the_lower_median_is_a_member_and_never_between_two_readings():
-    stack = np.array([[[2.0]], [[10.0]], [[2.1]], [[9.0]]], np.float32)
-    assert consensus.lower_median(stack).item() == np.float32(2.1)
-    assert consensus.lower_median(np.float32([[[2.0]], [[NAN]], [[NAN]]])).item() != 2.0  # NaN wins
-    assert np.isnan(consensus.lower_median(np.float32([[[2.0]], [[NAN]], [[NAN]]])).item())
-    assert np.isinf(consensus.lower_median(np.float32([[[2.0]], [[INF]], [[INF]]])).item())
+    assert lower_median(2.0, 10.0, 2.1, 9.0) == np.float32(2.1)
+    assert lower_median(2.0, INF, INF) == INF
+    assert lower_median(3.0, NAN, 2.0) == 2.0
+    assert np.isnan(lower_median(NAN, NAN))
+    assert lower_median(2.0, 3.0, 3.0, 3.0, votes=[1, 0.5, 0.5, 0.5]) == 3.0
+    assert lower_median(2.0, 3.0, 3.0, votes=[1, 0.5, 0.5]) == 2.0
 
 
-def test_two_readings_of_a_region_come_from_one_member():
-    """Three members near 2 m, two near 8 m: every value is one member's, region by region."""
+def test_members_of_one_reading_are_averaged_and_those_of_another_are_not():
+    """Three members near 2 m, two near 8 m, each with its own noise."""
     rng = np.random.default_rng(0)
-    base = np.array([2, 2, 2, 8, 8], float)[:, None, None]
-    stack = (base * np.exp(rng.normal(0, 0.02, (5, 12, 12)))).astype(np.float32)
-    merged = consensus.merge_depth(stack)
-    source = (merged.values[None] == stack).argmax(0)
-    assert (merged.values[None] == stack).any(0).all()
-    assert set(np.unique(source)) <= {0, 1, 2}
-    runs = (source[:, 1:] == source[:, :-1]).mean()
-    assert runs > 0.6, "the chosen member changes from pixel to pixel"
+    noise = rng.normal(0, 0.02, (5, 12, 12))
+    base = np.log([2, 2, 2, 8, 8])[:, None, None]
+    merged = consensus.merge_depth(np.exp(base + noise).astype(np.float32))
+    assert np.log(merged.values) == pytest.approx(np.log(2) + noise[:3].mean(0), abs=1e-6)
+    flat = consensus.merge_depth(np.float32([0.50, 0.52, 0.9])[:, None, None], positive=False)
+    assert flat.values.item() == pytest.approx(0.51)
+    sky = consensus.merge_depth(np.float32([2, INF, INF])[:, None, None])
+    assert sky.values.item() == INF
+
+
+def test_what_most_answers_to_the_whole_image_do_not_know_is_unknown():
+    stack = np.float32([[2, 2, 2], [NAN, 2, NAN], [NAN, NAN, 2], [2, 2, 2]])[:, None]
+    values = consensus.merge_depth(stack, whole=3).values
+    assert np.isnan(values[0, 0]) and (values[0, 1:] == 2).all()
+    normals = np.where(np.isnan(stack)[..., None], np.nan, np.float32([0, 0, 1]))
+    found, spread = consensus.merge_normals(normals, whole=3)
+    assert np.isnan(found[0, 0]).all() and np.isnan(spread[0, 0])
+    assert (found[0, 1:] == [0, 0, 1]).all() and (spread[0, 1:] == 0).all()
 
 
 def test_raw_spread_sees_scale_and_aligned_spread_does_not():
     truth = np.linspace(1, 5, 64).reshape(8, 8)
     factors = np.array([0.9, 1.0, 1.1])
     merged = consensus.merge_depth((truth * factors[:, None, None]).astype(np.float32))
-    expected = np.abs(np.log(factors)).mean()  # the centre is the member with factor 1
-    assert merged.raw == pytest.approx(expected, rel=1e-4)
+    off = np.log(factors) - np.log(factors).mean()
+    assert merged.raw == pytest.approx(np.abs(off).mean(), rel=1e-4)
     assert np.abs(merged.aligned).max() < 1e-6
-    assert merged.scales == pytest.approx(np.log(factors), abs=1e-6)
+    assert merged.scales == pytest.approx(off, abs=1e-6)
 
 
-def test_normals_take_the_medoid_and_the_spread_is_the_mean_angle():
+def test_normals_average_what_is_near_the_medoid_and_the_spread_is_the_mean_angle():
     def tilt(deg):
         return [np.sin(np.radians(deg)), 0, np.cos(np.radians(deg))]
 
     stack = np.array([[[tilt(0)]], [[tilt(10)]], [[tilt(80)]]], np.float32)
     values, spread = consensus.merge_normals(stack)
-    assert values[0, 0] == pytest.approx(tilt(10), abs=1e-6)
-    assert spread.item() == pytest.approx((10 + 0 + 70) / 3, abs=1e-3)
+    assert values[0, 0] == pytest.approx(tilt(5), abs=1e-6)
+    assert spread.item() == pytest.approx((5 + 5 + 75) / 3, abs=1e-3)
 
 
 def test_classes_vote_and_unknown_never_wins_against_a_class():
@@ -78,6 +95,14 @@ def test_instances_are_matched_before_voting():
         assert len(np.unique(values[mask])) == 1
     assert (values[a == 0] == 0).all()
     assert {row["score"] for row in table} == {1.0}
+
+
+def test_two_members_that_differ_at_the_border_leave_the_reference_as_it_is():
+    a = np.zeros((8, 8), np.uint16)
+    a[1:6, 1:6] = 1
+    rows = [[{"id": 1, "class": "ball"}]] * 2
+    values, _ = consensus.merge_instances(np.stack([a, np.roll(a, 1, axis=1)]), rows)
+    assert (values == a).all()
 
 
 def test_instances_of_another_class_do_not_match():
@@ -115,20 +140,24 @@ def test_a_window_leaves_the_rest_unknown():
     assert (whole.values[:8, 2:] == 1).all()
 
 
-def test_windows_doubt_and_do_not_decide():
-    """One whole answer against three windows that agree on another: it stands, in doubt."""
+def test_windows_have_half_a_vote_where_they_see():
+    """One whole answer against windows that agree on another: two are a draw, three win."""
     assert [v.whole for v in consensus.variants(seeds=1, crops=3)] == [True, False, False, False]
-    depth = np.full((8, 8), 2.0, np.float32)
-    other = np.where(np.arange(8) < 4, 3.0, 2.0).astype(np.float32) * np.ones((8, 1), np.float32)
+    depth, other = np.full((8, 8), 2.0), np.full((8, 8), 3.0)
     other[:, 7] = np.nan  # not seen
-    merged = consensus.merge([depth_answer(depth), *[depth_answer(other)] * 3], voters=1)
-    assert (merged.values == 2).all() and merged.extras["members"] == 4
-    assert merged.uncertainty[0, 7] == 0 and merged.uncertainty[0, 6] != merged.uncertainty[0, 1]
+    for windows, found in ((2, 2.0), (3, 3.0)):
+        members = [depth_answer(depth), *[depth_answer(other)] * windows]
+        merged = consensus.merge(members, whole=1)
+        assert (merged.values[:, 7] == 2).all() and (merged.values[:, :7] == found).all()
+        assert merged.extras["members"] == 1 + windows
+        assert windows == 3 or merged.uncertainty[0, 7] == 0
     stack = np.array([[[1, 1]], [[2, 255]], [[2, 255]]], np.uint8)
-    classes, spread = consensus.merge_classes(stack, voters=1)
-    assert classes.tolist() == [[1, 1]] and spread == pytest.approx(np.array([[2 / 3, 0]]))
+    classes, spread = consensus.merge_classes(stack, whole=1)
+    assert classes.tolist() == [[1, 1]] and spread == pytest.approx(np.array([[1 / 2, 0]]))
+    classes, spread = consensus.merge_classes(stack[[0, 1, 1, 1]], whole=1)
+    assert classes.tolist() == [[2, 1]] and spread == pytest.approx(np.array([[0.4, 0]]))
     up, right = np.array([0, 1, 0.0]), np.array([1, 0, 0.0])
-    normals, angle = consensus.merge_normals(np.array([[[up]], [[right]], [[right]]]), voters=1)
+    normals, angle = consensus.merge_normals(np.array([[[up]], [[right]], [[right]]]), whole=1)
     assert (normals == up).all() and angle.item() == pytest.approx(60)
 
 

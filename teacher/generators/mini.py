@@ -213,8 +213,8 @@ class MiniTeacher:
         for answer, variant, question in zip(answers, self.variants, asked, strict=True):
             h, w = question.image.shape[:2]
             whole.append(variant.undo(_resampled(answer, h, w), height=height, width=width))
-        voters = sum(v.whole for v in self.variants)  # they come first
-        merged = consensus.merge(whole, voters=voters)
+        of_whole = sum(v.whole for v in self.variants)  # they come first
+        merged = consensus.merge(whole, whole=of_whole)
         merged.extras["seeds"] = [key_seed(query.key, v.seed) for v in self.variants]
         return merged
 
