@@ -285,8 +285,8 @@ def merge_instances(
 
     The reference is the member whose instances the others find most often. Each of its instances
     is matched in every other member by IoU > 0.5 and equal class; one found by fewer than half of
-    all members is dropped; a pixel belongs to it if more than half of the matches hold it, in a draw
-    if the reference does.
+    all members is dropped; a pixel belongs to it if more than half of the matches hold it, in a
+    draw if the reference does.
     ``score`` is the mean IoU over all members, 0 where it is missing.
     """
     classes = [{row["id"]: row.get("class") for row in table} for table in tables]

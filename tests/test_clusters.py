@@ -1,5 +1,7 @@
 """Label jobs on engines that schedule elsewhere: schemas of the examples, submitit, Ray."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +16,9 @@ import yaml
 from test_jobs import run, same_shards, write_photos
 
 from teacher.errors import EnvironmentFailure
-from teacher.jobs.ray_engine import start_ray
+from teacher.jobs.plan import make_plan
+from teacher.jobs.ray_engine import ShardActor, start_ray
+from teacher.jobs.recipe import Job, Recipe
 from teacher.store import LabelSet
 
 DOCS = Path(__file__).parents[1] / "docs" / "clusters"
@@ -63,9 +67,9 @@ def test_the_slurm_example_runs_on_submitit_s_local_executor(tmp_path, monkeypat
     same_shards(tmp_path / "one", tmp_path / "set")
 
 
-def ray_job(photos: Path, out: Path, *, pause_s: float) -> list[str]:
+def ray_job(photos: Path, out: Path, **teacher) -> list[str]:
     options = {
-        "teacher": {"name": "test_jobs:PlaneTeacher", "pause_s": pause_s},
+        "teacher": {"name": "test_jobs:PlaneTeacher", **teacher},
         "images": str(photos),
         "out": str(out),
         "tasks": ["depth", "normals"],
@@ -139,6 +143,46 @@ def test_ray_survives_kill_9_of_an_actor_and_of_the_driver(tmp_path, monkeypatch
     run(photos, tmp_path / "one", shard_size=2, batch_size=2)
     same_shards(tmp_path / "one", out)
     assert LabelSet(out).verify() == 11
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("path_with_distill")
+def test_ray_passes_on_what_the_actors_say(tmp_path, monkeypatch):
+    """Relative paths are the driver's, errors of the user keep their words and their exit code."""
+    write_photos(tmp_path / "photos", n=3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_TEST_OUT", "set")
+    command = ray_job(Path("photos"), Path("set"), space="affine depth")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    finally:
+        for process in cluster_of(Path("set")):
+            process.kill()
+    last = done.stderr.rstrip().splitlines()[-2:]
+    assert "WorkerFailedError: engine=ray: 3 of 3 shards are missing" in last[0], done.stderr
+    assert "metric anchor" in last[0] and "goes on where they stopped" in last[1]
+
+
+def test_an_actor_answers_with_its_errors_and_goes_on(tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos", n=3)
+    (tmp_path / "elsewhere").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        job = Job(teacher={"name": "test_jobs:PlaneTeacher", "space": "affine depth"},
+                  images="photos", video=None, tasks=["depth"], max_side=40, keep_pictures=False,
+                  threads=1, batch_size=2, anchor=None, align=None)  # fmt: skip
+        source = job.source()
+        facts = job.facts(job.load().about)
+        plan = make_plan(source, shard_size=2, batch_size=2, facts=facts)
+    recipe = Recipe(job=job, plan=plan, folder=tmp_path / "set")
+    recipe.folder.mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    told = ShardActor(recipe, str(tmp_path))({"shard": [0, 1]})["outcome"]
+    for kind, (code, text) in map(json.loads, told):
+        assert (kind, code) == ("failed", 2) and "metric anchor" in text
+    gone = dataclasses.replace(recipe, job=dataclasses.replace(job, images="nowhere"))
+    [kind, [code, text]] = json.loads(ShardActor(gone, str(tmp_path))({"shard": [0]})["outcome"][0])
+    assert (kind, code) == ("failed", 2) and "nowhere" in text
 
 
 def test_a_ray_that_does_not_start_is_the_environment_s_fault(monkeypatch):

@@ -386,6 +386,23 @@ def test_all_workers_failing_is_reported_with_the_first_one_s_words(tmp_path):
     assert caught.value.exit_code == 2
 
 
+class Moody(PlaneTeacher):
+    """Another one in every process, and it says so."""
+
+    def describe(self):
+        return {"name": "plane", "revision": os.getpid()}
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_worker_that_loads_another_teacher_than_planned_labels_nothing(tmp_path):
+    photos = write_photos(tmp_path / "photos", n=3)
+    teacher = {"name": "test_jobs:Moody"}
+    with pytest.raises(EnvironmentFailure, match=r"loads teacher\.revision \d+, the job was") as e:
+        run(photos, tmp_path / "set", teacher=teacher, shard_size=2, workers=2)
+    assert e.value.exit_code == 3
+    assert not list((tmp_path / "set").glob("shard-*"))
+
+
 def test_array_tasks_share_a_plan_in_any_order(tmp_path):
     photos = write_photos(tmp_path / "photos", n=9)
     run(photos, tmp_path / "one", shard_size=2)

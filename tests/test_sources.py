@@ -53,6 +53,17 @@ def test_tar_members_are_read_by_offset_and_never_unpacked(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["part.tar"]
 
 
+def test_other_planes_of_a_webdataset_sample_are_no_inputs(tmp_path):
+    """A tar of labels is a tar of their images; dots in names alone leave nothing out."""
+    names = ["a.png", "a.depth.png", "a.normals.PNG", "a.json", "b/a.x.png", "c.1.jpg", "c.2.jpg"]
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in [*names, "a.png"]:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    source = TarSource(tmp_path / "set.tar")
+    assert source.list() == ["a.png", "a.png#2", "b/a.x.png", "c.1.jpg", "c.2.jpg"]
+    assert source.left_out == {".depth.png": 1, ".normals.PNG": 1}
+
+
 def test_a_cut_tar_is_refused_with_what_was_found(tmp_path):
     path = tmp_path / "cut.tar"
     with tarfile.open(path, "w") as tar:

@@ -60,7 +60,10 @@ def readable(name: str) -> str:
 
 
 class TarSource:
-    """The images of one tar file, by offset; other members (json, txt) are not inputs."""
+    """The images of one tar file, by offset; other members (json, txt) are not inputs.
+
+    Nor are the other planes of a WebDataset sample: ``KEY.depth.png`` beside ``KEY.png``.
+    """
 
     def __init__(self, path: Path | File) -> None:
         """Scan the headers; a million members take about 150 bytes each."""
@@ -80,11 +83,22 @@ class TarSource:
                         name = f"{first}#{copies[first] + 1}"
                     self._where[name] = (info.offset_data, info.size, _why_not(info))
                 check_end(file, tar.offset)
+            self.left_out = self._without_planes()
         except (tarfile.TarError, EOFError) as error:
             raise UsageError(
                 f"images={self.file.path}: not a whole tar file ({error}); found "
                 f"{len(self._where)} images before the damage. Repair or remove it."
             ) from error
+
+    def _without_planes(self) -> Counter[str]:
+        """Drop what WebDataset would call another field of a sample that has an image."""
+        split = {name: _sample_and_field(name) for name in self._where}
+        whole = {sample for sample, field in split.values() if field.lower() in IMAGE_SUFFIXES}
+        plain = lambda field: field.lower().partition("#")[0] in IMAGE_SUFFIXES  # noqa: E731
+        planes = [n for n, (s, f) in split.items() if not plain(f) and s in whole]
+        for name in planes:
+            del self._where[name]
+        return Counter(split[name][1] for name in planes)
 
     def keyed_by_bytes(self, uri: str) -> bool:
         """Always: what is no file is never read."""
@@ -114,6 +128,13 @@ class TarSource:
     def stamp(self, uri: str) -> str:
         """Name, size and time of the tar, and the member."""
         return stamp_inside(self.file, uri)
+
+
+def _sample_and_field(name: str) -> tuple[str, str]:
+    """Split at the first dot of the last part of the path, as WebDataset does."""
+    folder, slash, base = name.rpartition("/")
+    sample, dot, field = base.partition(".")
+    return folder + slash + sample, dot + field
 
 
 def check_end(file: IO[bytes], offset: int) -> None:

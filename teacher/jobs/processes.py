@@ -171,16 +171,21 @@ def run_processes(recipe: Recipe, numbers: Sequence[int], *, workers: int) -> Ta
             errors.append(value)
     left = [n for n in numbers if not seal_path(recipe.folder, n).exists()]
     if left:
-        code, text = errors[0] if errors else (3, "the workers were stopped")
-        raise WorkerFailedError(
-            f"{len(left)} of {len(numbers)} shards are missing after all {workers} workers ended; "
-            f"the first of them said: {text}\nThe same command goes on where they stopped.",
-            code,
-        )
+        raise missing(f"{len(left)} of {len(numbers)} shards", f"all {workers} workers", errors)
     for _, text in errors:
         tqdm.write(f"a worker was lost, the others took over: {text}")
     tally.wall_s = time.monotonic() - started
     return tally
+
+
+def missing(shards: str, workers: str, errors: Sequence[tuple[int, str]]) -> WorkerFailedError:
+    """What to raise when nobody is left; with the words and the exit code of the first error."""
+    code, text = errors[0] if errors else (3, "the workers were stopped")
+    return WorkerFailedError(
+        f"{shards} are missing after {workers} ended; the first of them said: {text}\nThe same "
+        "command goes on where they stopped.",
+        code,
+    )
 
 
 def _watch(recipe: Recipe, numbers: Sequence[int], pool: list) -> None:

@@ -17,14 +17,16 @@ from typing import Any
 
 from teacher.anchors import Anchor, check_anchor, load_anchor
 from teacher.confidence import Calibration
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.generators import Teacher, load_teacher, teacher_class
+from teacher.jobs.commit import this_host
 from teacher.jobs.engines import Worker
 from teacher.jobs.plan import Entry, Plan
 from teacher.jobs.sources import Source, open_source
 from teacher.label import Task
+from teacher.shards import canonical_json
 
-PROBE_FROM_BATCHES = 100  # smaller jobs start at once: the probe would be a visible part of them
+PROBE_FROM_BATCHES = 10  # smaller jobs start at once: the probe would be a visible part of them
 LIBRARIES = ("dense-distill", "numpy", "pillow", "torch", "diffusers", "transformers", "numba")
 
 
@@ -91,6 +93,17 @@ class Job:
         )
         return Models(teacher=teacher, anchor=anchor, calibration=calibration, about=about)
 
+    def facts(self, about: About) -> dict[str, Any]:
+        """What decides the labels beside the inputs; part of the plan's hash."""
+        found: dict[str, Any] = {"teacher": about.teacher, "max_side": about.max_side}
+        found["tasks"] = [str(t) for t in about.tasks]
+        found["keep_pictures"] = self.keep_pictures
+        if about.anchor is not None:
+            found["anchor"] = about.anchor
+        if about.calibration is not None:
+            found["calibration"] = about.calibration
+        return found
+
     def _calibration(
         self, teacher: Teacher, anchor: Anchor | None, tasks: Sequence[Task]
     ) -> Calibration | None:
@@ -118,8 +131,14 @@ class Recipe:
     def build(
         self, *, models: Models | None = None, source: Source | None = None, quiet: bool = False
     ) -> Worker:
-        """A worker; what was loaded already may be handed over."""
-        models = models or self.job.load()
+        """A worker; what was loaded already may be handed over.
+
+        Raises:
+            EnvironmentFailure: what this process loads is not what the job was planned with.
+        """
+        if models is None:
+            models = self.job.load()
+            self._check(self.job.facts(models.about))
         return Worker(
             teacher=models.teacher,
             source=source or self.job.source(),
@@ -133,6 +152,21 @@ class Recipe:
             calibration=models.calibration,
             quiet=quiet,
         )
+
+    def _check(self, here: dict[str, Any]) -> None:
+        """Refuse to mix: a branch moved on since the plan, other files on this node."""
+        for name in sorted({*here, *self.plan.facts}):
+            loaded, planned = here.get(name), self.plan.facts.get(name)
+            if canonical_json(loaded) == canonical_json(planned):
+                continue
+            if isinstance(loaded, dict) and isinstance(planned, dict):
+                part = next(k for k in {**planned, **loaded} if loaded.get(k) != planned.get(k))
+                name, loaded, planned = f"{name}.{part}", loaded.get(part), planned.get(part)
+            raise EnvironmentFailure(
+                f"{this_host()}: this worker loads {name} {loaded!r:.80}, the job was planned with "
+                f"{planned!r:.80}. Labels of two teachers never mix: give every worker the same "
+                "files and revision, then start the same command again."
+            )
 
 
 def survey(job: Job) -> About:

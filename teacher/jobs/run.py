@@ -113,7 +113,7 @@ def label(
         say(f"left out, no images by their names: {most}")
     models, about = meet(job, engine=engine, workers=workers)
     ledger = licences(job, about, source, licence or {}, out=out)
-    plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=facts(job, about))
+    plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=job.facts(about))
     dataset = dataset_of(plan, about) | {"licences": ledger, "software": about.software}
     folder = open_folder(out, dataset)
     mine = range(index, plan.shards, count)
@@ -123,7 +123,7 @@ def label(
         say(f"{problem.rstrip('.')}: labelled again")
     done_before = len(sealed_shards(folder))
     todo = [n for n in mine if not seal_path(folder, n).exists()]
-    recipe = Recipe(job=job, plan=plan, folder=folder)
+    recipe = Recipe(job=job, plan=plan, folder=folder.absolute())
     worker = recipe.build(models=models, source=source) if models else None
     announce(plan, folder, todo, worker or about, workers=workers)
     if worker is not None:
@@ -180,18 +180,6 @@ def licences(
         source=source,
     )
     return refuse(ledger, asked.get("refuse", []), what=f"label set {out}")
-
-
-def facts(job: Job, about: About) -> dict[str, Any]:
-    """What decides the labels beside the inputs; part of the plan's hash."""
-    found: dict[str, Any] = {"teacher": about.teacher, "max_side": about.max_side}
-    found["tasks"] = [str(t) for t in about.tasks]
-    found["keep_pictures"] = job.keep_pictures
-    if about.anchor is not None:
-        found["anchor"] = about.anchor
-    if about.calibration is not None:
-        found["calibration"] = about.calibration
-    return found
 
 
 def array_task(shard: dict[str, int]) -> tuple[int, int]:
