@@ -48,8 +48,8 @@ class MiniTeacher:
         weights: str | os.PathLike[str] | None = None,
         steps: int = 1,
         seeds: int = 1,
-        mirror: bool = False,
-        crops: int = 0,
+        mirror: bool = True,
+        crops: int = 4,
         device: str = "cpu",
     ) -> None:
         """Load the weights; ``seeds``, ``mirror``, ``crops`` say how many answers make one."""

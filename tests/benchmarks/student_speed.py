@@ -132,7 +132,10 @@ def against_teacher() -> None:
         card = card_of(student.eval(), batch=1, focal_input=False)
         runtime = session(to_onnx(student, card).SerializeToString(), threads)
         calls[name] = functools.partial(runtime.run, None, {"image": image[None]})
-    for name, how in (("one asking", {}), ("eight", {"seeds": 2, "mirror": True, "crops": 4})):
+    for name, how in (
+        ("one asking", {"mirror": False, "crops": 0}),
+        ("eight", {"seeds": 2, "mirror": True, "crops": 4}),
+    ):
         teacher = load_teacher(name="mini", **how)
         calls[name] = functools.partial(teacher.answer, [query], tasks)
     repeat = {"tiny": 20, "small": 20, "one asking": 3}
