@@ -8,6 +8,7 @@ Half the scenes' size, one step, one seed, averaged weights; a run that is in OU
 
 edges    depth alone: the generator and a regression network (the same network, no noise, L1 of log
          depth) at three rates each, then each at its best rate by delta1 with two more seeds
+long     the two of edges, at one rate and seed
 curves   depth alone in other codes: cube walk, Hilbert curve of order 2 and 8, grey
 parts    all tasks, started from generation pretraining; without it; with fewer scenes; without
          retention; ``drawing`` is the squared error of pictures from captions
@@ -259,10 +260,10 @@ def _drawing(adapter: MiniAdapter, batch: Batch) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("train")
+    parser.add_argument("train", help="a label set, or several, with commas")
     parser.add_argument("heldout")
     parser.add_argument("out", type=Path)
-    parser.add_argument("groups", nargs="+", choices=("edges", "curves", "parts"))
+    parser.add_argument("groups", nargs="+", choices=("edges", "long", "curves", "parts"))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--limit", type=int, default=200, help="held-out scenes")
     parser.add_argument("--init", help="a generator.safetensors; not for parts")
@@ -272,7 +273,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(many workers|__len__|LeafSpec).*")
     given.out.mkdir(parents=True, exist_ok=True)
-    scenes = load_scenes(given.train, cache=str(given.out / "cache-train")).halved()
+    scenes = load_scenes(given.train.split(","), cache=str(given.out / "cache-train")).halved()
     held = load_scenes(given.heldout, cache=str(given.out / "cache-held")).halved()
     held = _take(held, np.linspace(0, len(held) - 1, min(given.limit, len(held))).astype(int))
     results = given.out / "results.json"
@@ -294,6 +295,9 @@ def main() -> None:
             best = max(tried, key=lambda row: row["delta1"])["lr"]
             for seed in (1, 2):
                 go(Run(f"{what}-{best:g}-s{seed}", lr=best, seed=seed, shares=depth, code=code))
+    if "long" in given.groups:
+        for what, code in (("generator", "cube walk"), ("regression", "log depth")):
+            go(Run(f"{what}-{given.steps}-steps", shares=depth, code=code))
     if "curves" in given.groups:
         go(Run("generator-0.0012", shares=depth))
         for code in ("Hilbert, order 2", "Hilbert, order 8", "grey"):
