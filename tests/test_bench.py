@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from export.benchmark import (
     measure,
     others_running,
     race,
+    ratios,
+    refuse_all_too_large,
     same_conditions,
 )
 from export.runtimes import open_runtime
@@ -54,8 +57,10 @@ def test_every_number_is_there_and_makes_sense(measured):
 
 
 def test_time_by_operator_adds_up(measured):
-    folder, _ = measured
+    folder, result = measured
     rows = operators(entrant(folder / "a.onnx"), (16, 24))
+    call_ms = result["artefacts"]["a.onnx"]["batches"]["1"]["p50_ms"]
+    assert call_ms / 100 < sum(r["ms"] for r in rows) < call_ms * 10
     assert sum(r["share"] for r in rows) == pytest.approx(1)
     assert {r["operator"] for r in rows} <= {"Cast", "ReduceMean", "Mul", "Add", "Unsqueeze"}
     assert [r["ms"] for r in rows] == sorted((r["ms"] for r in rows), reverse=True)
@@ -87,6 +92,22 @@ def test_artefacts_take_turns(measured):
     assert len({tuple(r) for r in rounds}) > 1  # and not always in the same order
 
 
+def test_warm_rounds_are_not_counted_and_waiting_is_no_cpu_time(measured):
+    with open_runtime(measured[0] / "a.onnx", threads=1) as one:
+
+        class Slow:
+            largest, card, calls = None, one.card, 0
+
+            def __call__(self, images):
+                self.calls += 1
+                time.sleep(0.6 if self.calls <= 3 else 0.05)
+                return one(images)
+
+        told = measure({"x": Slow()}, (16, 24), 1, rounds=2)["x"]
+    assert 50 <= told["p50_ms"] <= told["p99_ms"] < 600
+    assert told["cpu_p50_ms"] < 25
+
+
 def test_numbers_of_other_conditions_are_not_compared(measured, monkeypatch):
     folder, _ = measured
     monkeypatch.setattr("export.benchmark.others_running", lambda: -1.0)
@@ -109,6 +130,17 @@ def test_numbers_of_other_conditions_are_not_compared(measured, monkeypatch):
         bench(export=str(folder), threads=1, batches=[1], rounds=4, against=str(earlier))
     now = conditions(provider="cpu", threads=1, rounds=3, size=(16, 24), others=0.0)
     assert now["torch"] and now["onnxruntime"] and now["tensorrt"] is None
+    facts = {"cpu", "cores", "gpu", "system", "python", "numpy", "provider", "threads", "size"}
+    assert facts <= set(now)
+    for others, busy in ((now["cores"] - 1, False), (now["cores"] - 0.5, True)):  # one is ours
+        given = {"provider": "cpu", "threads": 1, "rounds": 3, "size": (16, 24)}
+        assert conditions(**given, others=others)["busy"] == busy
+    older = {k: v for k, v in now.items() if k != "numpy"}
+    with pytest.raises(UsageError, match="numpy: None then"):
+        same_conditions(older, now, "x")
+    then = {"artefacts": {"a": {"batches": {"1": {"p50_ms": 2.0}}}}}
+    table = {"a": {"batches": {"1": {"p50_ms": 3.0}, "4": {"p50_ms": 9.0}}}}
+    assert ratios(then, table | {"new": table["a"]}) == {"a": {"1": 1.5}}
     with pytest.raises(UsageError, match=r"torch: '1\.0' then"):
         same_conditions(now | {"torch": "1.0"}, now, "x")
     with pytest.raises(UsageError, match="cpu: 'an abacus' then"):
@@ -119,7 +151,7 @@ def test_numbers_of_other_conditions_are_not_compared(measured, monkeypatch):
         bench(**given, against=str(earlier))
     bench(**given, out=str(folder / "busy"))
     assert "99 other threads were running on" in (folder / "busy" / "bench.md").read_text()
-    (folder / "other.json").write_text('{"format": "x"}')
+    (folder / "other.json").write_text('{"format": "x", "conditions": {}, "artefacts": {}}')
     with pytest.raises(UsageError, match=r"no bench\.json of `distill bench`"):
         bench(export=str(folder), against=str(folder / "other.json"))
 
@@ -131,7 +163,7 @@ def test_accuracy_is_taken_from_the_verdict_on_this_very_file(measured, tmp_path
     mean = {"depth": {"delta1": 0.5}, "normals": {"mean_deg": 20.0}}
     truth = {"mean": mean, "set": {"semantic": {"miou": 0.3}}, "images": 7}
     report = {
-        "scores": {"a.onnx": {"truth": truth}},
+        "scores": {"a.onnx": {"teacher": truth | {"images": 9}, "truth": truth}},
         "runs": {"a.onnx": {"sha256": hash_file(tmp_path / "a.onnx")}},
     }
     (tmp_path / "verify" / "report.json").write_text(json.dumps(report))
@@ -160,6 +192,8 @@ def test_the_plot_holds_what_was_timed_and_judged():
     }
     assert points(result, "depth.delta1") == {"a": (3.0, 0.5)}
     assert points(result, "semantic.miou") == {}
+    late = {"artefacts": {"a": {"batches": {"16": {"p50_ms": 30.0}, "4": {"p50_ms": 9.0}}}}}
+    assert points(late | {"accuracy": result["accuracy"]}, "depth.delta1") == {"a": (9.0, 0.5)}
     assert [short(n) for n in ("student.onnx", "x/student.int8-cpu.onnx", "student.engine")] == [
         "fp32",
         "x/int8-cpu",
@@ -181,6 +215,8 @@ def test_several_folders_take_turns_and_a_gpu_gets_torchs_halves(tmp_path):
     with pytest.raises(UsageError, match=r"two of the name tiny/student\.onnx"):
         bench(export=[both[0], both[0]], out=str(out))
     (tmp_path / "tiny" / "student.safetensors").write_bytes(b"")
+    found = find_entrants([tmp_path / "tiny"], provider="cpu", threads=1)
+    assert set(found) == {"student.onnx", "student.safetensors"}
     found = find_entrants([tmp_path / "tiny"], provider="cuda", threads=1)
     assert {n: e.precision for n, e in found.items()} == {
         "student.onnx": "fp32",
@@ -225,10 +261,15 @@ def test_what_the_numbers_do_not_say_is_written_beside_them(tmp_path, monkeypatc
     hand_made(tmp_path / "fixed.onnx", batch=2)
     hand_made(tmp_path / "half.onnx", precision="fp16")
     given = {"export": str(tmp_path), "threads": 1, "rounds": 1}
-    bench(**given, batches=[4])
+    told = bench(**given, batches=[4])["artefacts"]
+    assert {n: list(row["batches"]) for n, row in told.items()} == {
+        "fixed.onnx": [],
+        "half.onnx": ["4"],
+    }
     text = (tmp_path / "bench" / "bench.md").read_text()
     assert "fixed.onnx: batches [4] not measured, it takes 2 at most" in text
     assert "half.onnx: ONNX Runtime computes fp16 in float32 on a CPU" in text
+    refuse_all_too_large({"x": SimpleNamespace(largest=2)}, [2])  # it takes that many
     monkeypatch.setattr("export.benchmark.measure", None)  # all of these come before measuring
     with pytest.raises(UsageError, match=r"batches=\[4\]: none takes 4 images at once"):
         bench(**given | {"export": str(tmp_path / "fixed.onnx")}, batches=[4])
@@ -263,25 +304,34 @@ def test_a_thread_that_runs_beside_us_is_seen_at_once():
             process.wait()
 
 
+def test_others_running_are_those_of_now_without_us(monkeypatch):
+    monkeypatch.setattr("export.benchmark.Path.read_text", lambda p: "9.5 9.5 9.5 4/300 12345\n")
+    assert others_running(1) == 3
+
+
 def test_race_and_probe(measured):
-    folder, _ = measured
+    folder, result = measured
     paths = {"a": folder / "a.onnx", "b": folder / "a.onnx"}
     import numpy as np
 
     feed = {"image": picture((16, 24), 1), "focal_px": np.array([100], np.float32)}
     times = race(paths, feed, threads=1, rounds=5)
-    assert set(times) == {"a", "b"} and min(times.values()) > 0
+    assert set(times) == {"a", "b"}
+    best_ms = result["artefacts"]["a.onnx"]["batches"]["1"]["best_ms"]  # the session and our checks
+    assert all(best_ms / 100 < t < best_ms * 100 for t in times.values())
     told = probe(entrant(folder / "a.onnx"))
     assert set(told) == {"open_ms", "first_call_ms", "memory_kib", "gpu_memory_kib"}
     assert told["gpu_memory_kib"] is None
+    assert told["memory_kib"] < 50 * 1024 and told["open_ms"] > 0.2  # of onnx and ORT, nothing
 
 
 def test_bad_use(tmp_path):
     with pytest.raises(UsageError, match="found no model there"):
         bench(export=str(tmp_path))
     hand_made(tmp_path / "a.onnx")
-    with pytest.raises(UsageError, match=r"rounds=0 batches=\[1\]: expected at least 1"):
-        bench(export=str(tmp_path), rounds=0, batches=[1])
+    for rounds, batches in ((0, [1]), (1, []), (1, [4, 0])):
+        with pytest.raises(UsageError, match=rf"rounds={rounds} batches=.*: expected at least 1"):
+            bench(export=str(tmp_path), rounds=rounds, batches=batches)
     hand_made(tmp_path / "b.onnx", size=(8, 8))
     with pytest.raises(UsageError, match="artefacts of several image sizes"):
         bench(export=str(tmp_path), rounds=1, batches=[1])

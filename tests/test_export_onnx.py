@@ -10,6 +10,7 @@ import torch
 from export_cases import CLASSES, HEIGHT, WIDTH, make_student, picture
 from onnx import TensorProto, helper, numpy_helper
 
+from export import onnx_files
 from export.artefact import (
     PREFIX,
     ArtefactError,
@@ -231,11 +232,11 @@ def test_control_flow_and_uint8_use_are_named():
         check_rules(tiny_model(node), where="export")
 
 
-def external(folder, location, *, length=16):
+def external(folder, location, *, offset=0, length=16):
     tensor = numpy_helper.from_array(np.zeros((1, 1, 2, 2), np.float32), "w")
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", "0"), ("length", str(length))):
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
     path = folder / "m.onnx"
     model = tiny_model(helper.make_node("Add", ["x", "w"], ["y"]), initializers=[tensor])
@@ -243,24 +244,56 @@ def external(folder, location, *, length=16):
     return path
 
 
-def test_external_data_stays_in_its_folder(tmp_path):
+def test_external_data_stays_in_its_folder(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret").write_bytes(bytes(16))
     (folder / "w.bin").write_bytes(bytes(16))
     read_model(external(folder, "w.bin"))
-    for location in ("../secret", str(tmp_path / "secret"), "..", "a/../../secret", "C:\\x", ""):
+    absolute = str(tmp_path / "secret")
+    for location in ("../secret", absolute, "..", "a/../../secret", "C:x", "a\\x", ""):
         with pytest.raises(ArtefactError, match="tensor 'w' points to external data"):
             read_model(external(folder, location))
     with pytest.raises(ArtefactError, match="which is missing"):
         read_model(external(folder, "gone.bin"))
-    with pytest.raises(ArtefactError, match="a range inside its 16 bytes"):
-        read_model(external(folder, "w.bin", length=17))
-    (folder / "soft").symlink_to(tmp_path / "secret")
+    for offset, length in ((0, 17), (1, 16), (-1, 16), (16, -16), ("x", 16)):
+        with pytest.raises(ArtefactError, match="a range inside its 16 bytes"):
+            read_model(external(folder, "w.bin", offset=offset, length=length))
+    (tmp_path / "single").write_bytes(bytes(16))  # refused as a link, not for its number of names
+    (folder / "soft").symlink_to(tmp_path / "single")
     (folder / "hard").hardlink_to(tmp_path / "secret")
     for name in ("soft", "hard"):
         with pytest.raises(ArtefactError, match="without symbolic or hard links"):
             read_model(external(folder, name))
+    monkeypatch.setattr(onnx_files, "MAX_EXTERNAL_BYTES", 15)
+    with pytest.raises(ArtefactError, match="external data of 16 bytes is too large"):
+        read_model(external(folder, "w.bin"))
+
+
+@pytest.mark.parametrize("where", ["constant", "tensors", "sparse", "graphs", "function"])
+def test_external_data_is_seen_wherever_tensors_may_be(tmp_path, where):
+    tensor = onnx.load(external(tmp_path, "../secret"), load_external_data=False).graph.initializer
+    node, local = helper.make_node("Identity", ["x"], ["y"]), helper.make_node("F", ["x"], ["y"])
+    model = tiny_model(local if where == "function" else node)
+    if where == "sparse":
+        model.graph.sparse_initializer.add().values.CopyFrom(tensor[0])
+    elif where == "graphs":
+        inner = helper.make_graph([], "g", [], [], list(tensor))
+        model.graph.node[0].attribute.append(helper.make_attribute("a", [inner]))
+    elif where == "tensors":
+        model.graph.node[0].attribute.append(helper.make_attribute("a", list(tensor)))
+    else:
+        constant = helper.make_node("Constant", [], ["w"], value=tensor[0])
+        imports = [helper.make_opsetid("", 18)]
+        if where == "function":
+            model.functions.append(
+                helper.make_function("local", "F", ["x"], ["y"], [constant, node], imports)
+            )
+        else:
+            model.graph.node.insert(0, constant)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtefactError, match="tensor 'w' points to external data"):
+        read_model(tmp_path / "m.onnx")
 
 
 def test_external_data_in_a_functions_branch_is_seen(tmp_path):
@@ -292,9 +325,24 @@ def test_shapes_that_ask_for_terabytes_are_refused_before_anything_runs():
         check_sizes(tiny_model(*nodes, initializers=[big]), where="m")
     small = numpy_helper.from_array(np.array([4, 4]), "big")
     check_sizes(tiny_model(*nodes, initializers=[small]), where="m")
+    side = numpy_helper.from_array(np.array([1 << 20]), "side")
+    computed = [helper.make_node("Concat", ["side", "side"], ["big"], axis=0), *nodes]
+    with pytest.raises(ArtefactError, match=r"m: 'blown' claims shape"):
+        check_sizes(tiny_model(*computed, initializers=[side]), where="m")
+    fine = tiny_model(helper.make_node("Neg", ["x"], ["y"]))
+    for dims in ([1 << 20, 1 << 20], [-1]):
+        claims = TensorProto(name="w", dims=dims, data_type=TensorProto.FLOAT)
+        with pytest.raises(ArtefactError, match="m: tensor 'w' claims shape"):
+            check_sizes(tiny_model(*fine.graph.node, initializers=[claims]), where="m")
+    fine.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 1 << 31
+    with pytest.raises(ArtefactError, match="m: 'x' claims shape"):
+        check_sizes(fine, where="m")
+    nodes = [helper.make_node("Neg", ["x"], ["y"])] * (onnx_files.MAX_NODES + 1)
+    with pytest.raises(ArtefactError, match="m: 100001 nodes, more than 100000"):
+        check_sizes(tiny_model(*nodes), where="m")
 
 
-def test_files_that_are_not_ours(exported, tmp_path):
+def test_files_that_are_not_ours(exported, tmp_path, monkeypatch):
     foreign = tmp_path / "foreign.onnx"
     foreign.write_bytes(tiny_model(helper.make_node("Neg", ["x"], ["y"])).SerializeToString())
     with pytest.raises(ArtefactError, match="not an artefact made by `distill export`"):
@@ -308,6 +356,15 @@ def test_files_that_are_not_ours(exported, tmp_path):
     (tmp_path / "a.pt").write_bytes(b"PK")
     with pytest.raises(ArtefactError, match=r"ends in \.onnx, \.engine or \.safetensors"):
         open_runtime(tmp_path / "a.pt")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(ArtefactError, match="its graph has no outputs"):
+        open_runtime(tmp_path / "empty.onnx")
+    (tmp_path / "link.onnx").symlink_to(foreign)
+    with pytest.raises(ArtefactError, match=r"link\.onnx: found no regular file"):
+        read_model(tmp_path / "link.onnx")
+    monkeypatch.setattr(onnx_files, "MAX_MODEL_BYTES", 10)
+    with pytest.raises(ArtefactError, match="bytes, more than the 10 of any ONNX"):
+        read_model(foreign)
 
 
 def test_a_card_that_lies_is_refused(exported, tmp_path):

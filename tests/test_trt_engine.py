@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -126,6 +127,7 @@ def test_one_code_path_builds_on_every_release(made, tmp_path, version):
     shapes = [a for k, n, a, _ in trt.calls if n == "set_shape"]
     assert ("image", (1, 16, 24, 3), (2, 16, 24, 3), (4, 16, 24, 3)) in shapes
     assert ("focal_px", (1,), (2,), (4,)) in shapes
+    assert ("IBuilderConfig", "add_optimization_profile") in calls
     assert not [c for c in trt.calls if c[1] == "set_flag"]  # no precision, nothing else asked
     assert (tmp_path / "a.engine").read_bytes() == b"plan"  # clean: nothing of ours in it
     assert "WARNING: parsed" in (tmp_path / "a.engine.log").read_text()
@@ -147,6 +149,9 @@ def test_the_timing_cache_is_reused_by_the_same_device_version_and_flags_only(ma
     made("10.3.0")
     _, again = made("10.3.0")
     assert ("ITimingCache", "from", (b"+timed",), {}) in again.calls
+    assert [k for _, n, _, k in again.calls if n == "set_timing_cache"] == [
+        {"ignore_mismatch": False}
+    ]
     _, other = made("11.4.0.106")
     assert ("ITimingCache", "from", (b"",), {}) in other.calls
     keys = {
@@ -180,8 +185,9 @@ def test_what_parser_and_builder_refuse_is_told_and_the_log_is_kept(made, tmp_pa
 
 
 def test_bad_options(made):
-    with pytest.raises(ArtefactError, match=r"profile \[2, 1, 8\]: expected 1 <= smallest"):
-        made("10.3.0", profile=(2, 1, 8))
+    for wrong in ((2, 1, 8), (0, 1, 8), (1, 9, 8)):
+        with pytest.raises(ArtefactError, match=r"profile \[.*\]: expected 1 <= smallest"):
+            made("10.3.0", profile=wrong)
     with pytest.raises(UsageError, match=r"hardware='any': expected one of"):
         made("10.3.0", hardware="any")
 
@@ -224,6 +230,9 @@ def test_an_export_without_tensorrt_says_so_before_it_starts(tmp_path, monkeypat
     out = tmp_path / "out"
     with pytest.raises(EnvironmentFailure, match="TensorRT cannot be imported"):
         export_student(checkpoint=str(tmp_path / "s.safetensors"), out=str(out), tensorrt={})
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.1"))
+    with pytest.raises(EnvironmentFailure, match=r"TensorRT 8\.6\.1: expected 10\.0 or newer"):
+        export_student(checkpoint=str(tmp_path / "s.safetensors"), out=str(out), tensorrt={})
     assert not out.exists()
 
 
@@ -263,6 +272,7 @@ def test_known_bad_releases_by_pattern_precision_and_batch():
 
 def test_a_convolutional_graph_is_in_no_report(tmp_path):
     model = hand_made(tmp_path / "a.onnx")
+    model.graph.node.append(helper.make_node("TopK", ["depth", "k"], ["best", "where"]))
     assert not has_attention(model)
     for known in TABLE:
         for major, minor in known.releases:
@@ -272,9 +282,14 @@ def test_a_convolutional_graph_is_in_no_report(tmp_path):
 
 
 def test_a_softmax_without_a_product_is_no_attention():
-    node = helper.make_node("Softmax", ["x"], ["y"])
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["m"]),  # before it, not behind it
+        helper.make_node("Softmax", ["m"], ["s"]),
+        helper.make_node("ReduceSum", ["s"], ["y"]),
+    ]
     info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in ("x", "y")]
-    assert not has_attention(helper.make_model(helper.make_graph([node], "s", info[:1], info[1:])))
+    assert not has_attention(helper.make_model(helper.make_graph(nodes, "s", info[:1], info[1:])))
 
 
 def test_a_known_bad_build_is_refused_with_the_link_or_recorded(made, tmp_path, monkeypatch):
@@ -318,6 +333,17 @@ def test_damaged_sidecars_are_refused(tmp_path, text):
         read_sidecar(tmp_path / "a.engine")
 
 
+def test_a_newer_sidecar_and_one_of_another_format_are_refused(made, tmp_path):
+    made("10.3.0")
+    told = json.loads((tmp_path / "a.engine.json").read_text())
+    (tmp_path / "a.engine.json").write_text(json.dumps(told | {"version": 2}))
+    with pytest.raises(ArtefactError, match="version 2; this program reads up to 1"):
+        read_sidecar(tmp_path / "a.engine")
+    (tmp_path / "a.engine.json").write_text(json.dumps(told | {"format": "x"}))
+    with pytest.raises(ArtefactError, match=r"not a sidecar of `distill export`"):
+        read_sidecar(tmp_path / "a.engine")
+
+
 def test_another_tensorrt_or_gpu_is_refused_with_a_sentence(made):
     plain, _ = made("10.3.0")
 
@@ -329,6 +355,9 @@ def test_another_tensorrt_or_gpu_is_refused_with_a_sentence(made):
         check(plain, version="10.3.1")
     with pytest.raises(ArtefactError, match=r"built for Orin \(compute 8\.7.*here is T4"):
         check(plain, gpu="T4", compute="7.5")
+    for other in ({"gpu": "T4"}, {"compute": "7.5"}):
+        with pytest.raises(ArtefactError, match=r"built for Orin \(compute 8\.7"):
+            check(plain, **other)
     loose, _ = made("10.3.0", version_compatible=True, hardware="ampere+")
     check(loose, version="11.4.0", gpu="H100", compute="9.0")
     with pytest.raises(ArtefactError, match=r"here is 12\.0"):
@@ -337,6 +366,11 @@ def test_another_tensorrt_or_gpu_is_refused_with_a_sentence(made):
         check(loose, version="10.2.0")
     with pytest.raises(ArtefactError, match=r"compute 7\.5"):
         check(loose, compute="7.5")
+    check(loose, gpu="A100", compute="8.0")
+    same, _ = made("10.12.0.36", hardware="same compute")
+    check(same, version="10.12.0.36", gpu="another Orin")
+    with pytest.raises(ArtefactError, match=r"compatibility: same compute\), here is A100"):
+        check(same, version="10.12.0.36", gpu="A100", compute="8.0")
 
 
 def test_acceptance_is_written_beside_the_engine(made, tmp_path):

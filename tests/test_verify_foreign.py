@@ -21,7 +21,7 @@ def describe(path, **changes):
         "image": {"name": "pixels", "size": list(SIZE), "mean": [0.5] * 3, "std": [0.25] * 3},
         "outputs": {"depth": {"name": "d", "layout": "N1HW", "is": "log metres"}},
     } | changes
-    path.write_text(yaml.safe_dump(table))
+    path.write_text(yaml.safe_dump(table, sort_keys=False))
     return path
 
 
@@ -66,6 +66,12 @@ def test_bytes_become_the_described_feed(tmp_path):
     other = {"name": "pixels", "size": list(SIZE), "layout": "NHWC", "channels": "BGR"}
     about = read_description(describe(tmp_path / "b.yaml", image=other | {"dtype": "uint8"}))
     assert Adapter(about).feed(image, np.array([1.0]))["pixels"][0, 2, 5].tolist() == [0, 51, 255]
+    other |= {"dtype": "float16", "scale": 0.5, "mean": [1, 2, 3], "std": [1, 2, 4]}
+    about = read_description(describe(tmp_path / "c.yaml", image=other, focal_px={"name": "f"}))
+    feed = Adapter(about).feed(image, np.array([70], np.float32))
+    assert feed["pixels"].dtype == np.float16 and feed["f"].tolist() == [70]
+    # mean and std are in the order of the channels as the graph sees them
+    assert feed["pixels"][0, 2, 5].tolist() == pytest.approx([-1, 11.75, 31.125])
 
 
 OUTPUTS = [
@@ -78,6 +84,12 @@ OUTPUTS = [
     ("normals", {"layout": "NCHW", "axes": "lotus"}, [[[[1.0]], [[0.0]], [[0.0]]]], [-1, 0, 0]),
     ("semantic", {"layout": "NCHW", "is": "logits"}, [[[[0.1]], [[0.9]], [[0.3]]]], [[[3]]]),
     ("semantic", {"layout": "NHW", "is": "ids"}, [[[7]]], [[[7]]]),
+    ("semantic", {"layout": "NHWC", "is": "logits"}, [[[[0.1, 0.9, 0.3]]]], [[[3]]]),
+    ("sky", {"layout": "NHW", "is": "probability"}, [[[0.75]]], [[[0.75]]]),
+    ("depth", {"layout": "N1HW", "is": "metres"}, [[[[2.0, 3.0]]]], [[[2.0, 3.0]]]),
+    ("depth", {"layout": "NHW1", "is": "metres"}, [[[[2.0], [3.0]]]], [[[2.0, 3.0]]]),
+    ("normals", {"layout": "NHWC", "axes": "opencv"}, [[[[0, 3, -4.0], [1, 0, 0]]]],
+     [[[[0, 1]], [[-0.6, 0]], [[0.8, 0]]]]),
 ]  # fmt: skip
 
 
@@ -86,12 +98,14 @@ def test_outputs_become_the_contracts(tmp_path, name, options, found, expected):
     path = describe(
         tmp_path / "io.yaml",
         outputs={name: {"name": "o"} | options},
-        classes={1: "floor", 3: "wall", 7: "thing"},
+        classes={7: "thing", 1: "floor", 3: "wall"},
     )
     answers = Adapter(read_description(path)).answers([np.array(found, np.float32)])
     one = np.asarray(expected, np.float64)
     assert answers[name].reshape(-1).tolist() == pytest.approx(one.reshape(-1).tolist(), abs=1e-6)
     assert answers[name].dtype == (np.int32 if name == "semantic" else np.float32)
+    if one.ndim > 1:
+        assert answers[name].shape == one.shape
 
 
 @pytest.mark.parametrize("unit", ["metres", "log metres", "1/metres"])
@@ -100,13 +114,16 @@ def test_depth_that_is_not_finite_never_becomes_a_distance(tmp_path, unit):
     adapter = Adapter(read_description(describe(tmp_path / "io.yaml", outputs=outputs)))
     found = adapter.answers([np.array([[[np.nan, np.inf, -np.inf, 1.0]]], np.float32)])["depth"]
     assert np.isnan(found[0, 0, :3]).all() and np.isfinite(found[0, 0, 3])
+    beyond = adapter.answers([np.full((1, 1, 1), 1e4, np.float32)])["depth"].item()
+    assert np.isnan(beyond) == (unit == "log metres")  # exp(1e4) is no float32
 
 
 def test_as_many_logits_as_classes(tmp_path):
     outputs = {"semantic": {"name": "o", "layout": "NCHW", "is": "logits"}}
     path = describe(tmp_path / "io.yaml", outputs=outputs, classes={1: "floor", 3: "wall"})
-    with pytest.raises(ArtefactError, match="semantic: found 3 logits, expected one for each of 2"):
-        Adapter(read_description(path)).answers([np.zeros((1, 3, 4, 4), np.float32)])
+    for n in (1, 3):
+        with pytest.raises(ArtefactError, match=f"semantic: found {n} logits, expected one for ea"):
+            Adapter(read_description(path)).answers([np.zeros((1, n, 4, 4), np.float32)])
 
 
 WRONG = {
@@ -134,6 +151,15 @@ WRONG = {
         "image": {"name": "x", "size": [4, 4], "std": [1, 0, 1]}
     },
     r"unknown \['_target_'\] at the top": {"_target_": "os.system"},
+    "image.dtype is 'float64'": {"image": {"name": "x", "size": [4, 4], "dtype": "float64"}},
+    "image.channels is 'GRB'": {"image": {"name": "x", "size": [4, 4], "channels": "GRB"}},
+    r"image.size is \[16384, 8192\]": {"image": {"name": "x", "size": [16384, 8192]}},
+    r"unknown \['unit'\] under outputs\.depth": {
+        "outputs": {"depth": {"name": "x", "layout": "NHW", "is": "metres", "unit": "m"}}
+    },
+    "outputs is empty": {"outputs": {}},
+    "focal_px is inf, expected": {"focal_px": float("inf")},
+    "image.scale is nan, expected": {"image": {"name": "x", "size": [4, 4], "scale": float("nan")}},
 }  # fmt: skip
 
 
@@ -148,7 +174,7 @@ def test_wrong_descriptions_name_the_key(tmp_path, message):
 
 def test_a_description_is_data_and_never_an_object(tmp_path):
     path = tmp_path / "io.yaml"
-    path.write_text("image: !!python/object/apply:os.system ['touch hacked']\n")
+    path.write_text(f"image: !!python/object/apply:os.system ['touch {tmp_path}/hacked']\n")
     with pytest.raises(ArtefactError, match="not readable YAML"):
         read_description(path)
     assert not (tmp_path / "hacked").exists()
@@ -162,6 +188,14 @@ def test_a_description_that_unfolds_without_end_is_refused(tmp_path):
     path.write_text("image: " + "[" * 100_000)
     with pytest.raises(ArtefactError, match="has more than 8 levels; write plain tables"):
         read_description(path)  # at once: PyYAML takes minutes for it
+    path.write_text("image: " + "[" * 8 + "]" * 8)  # and the table itself is one more
+    with pytest.raises(ArtefactError, match="has more than 8 levels; write plain tables"):
+        read_description(path)
+    outputs = {n: {"name": n, "layout": "NHW", "is": "metres"} for n in ("depth",)}
+    outputs["sky"] = {"name": "s", "layout": "NHW", "is": "logit"}
+    outputs["semantic"] = {"name": "i", "layout": "NHW", "is": "ids"}
+    whole = {"outputs": outputs, "classes": {1: "floor"}, "focal_px": {"name": "f"}}
+    read_description(describe(path, **whole, sha256=["0" * 64]))  # many tables, and none is deep
 
 
 def test_another_file_or_other_names_are_refused(tmp_path):
@@ -171,6 +205,14 @@ def test_another_file_or_other_names_are_refused(tmp_path):
     image = {"name": "x", "size": list(SIZE)}
     with pytest.raises(ArtefactError, match=r"inputs \['pixels'\].*describes \['x'\]"):
         open_runtime(model, io=describe(tmp_path / "b.yaml", image=image))
+    outputs = {"depth": {"name": "z", "layout": "N1HW", "is": "log metres"}}
+    with pytest.raises(ArtefactError, match=r"outputs \['d'\].*describes .* and \['z'\]"):
+        open_runtime(model, io=describe(tmp_path / "c.yaml", outputs=outputs))
+    more = onnx.load(model)
+    more.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, ["N"]))
+    onnx.save(more, model)
+    with pytest.raises(ArtefactError, match=r"inputs \['pixels', 'more'\]"):
+        open_runtime(model, io=describe(tmp_path / "d.yaml"))
 
 
 @pytest.fixture(scope="module")
