@@ -26,18 +26,48 @@ TERMS = {
     "custom": "a licence of its own, to be read",
     "unknown": "no licence is known",
 }
-# licence text -> terms; every pattern that fits counts
+# `plain` licence text -> terms; every pattern that fits counts. [^.;] stays within a sentence.
 PATTERNS: tuple[tuple[str, str], ...] = (
     (
-        r"non[\s_-]?commercial|\bnc\b|-nc\b|research[\s_-]?(use )?only|academic (and|use)",
+        r"\bnon ?commercial|\bnc\b|\bnon ?profit|\bnot for profit|\bamlr\b|deepfloyd"
+        r"|\b(not?|never|cannot|without|prohibit\w*|forbid\w*)\b[^.;]{0,60}\bcommercial"
+        r"|\bcommercial(ly)?\b[^.;]{0,40}\b(not|prohibited|forbidden|excluded|requires?)\b"
+        r"|\b(research|academi\w+|education\w*|evaluation|personal|scientific)\b[^.;]{0,40}"
+        r"\b(only|uses?|purposes?)\b"
+        r"|\bonly\b[^.;]{0,40}\b(research|academi\w+|education\w*|evaluation|personal)\b"
+        r"|\bresearch licen[sc]e|\bintel research\b",
         "non-commercial",
     ),
-    (r"(open|\b)rail(\+|-|s?\b)", "use-restrictions"),
-    (r"\b[al]?gpl|\bshare[\s-]?alike|-sa\b", "copyleft"),
-    (r"no[\s_-]?training|forbids? training", "no-training"),
-    (r"sam licen[sc]e|dinov3|llama|gemma|nvidia open model|apple|stability ai community", "custom"),
+    (r"openrail|\brails?\b", "use-restrictions"),
+    (
+        r"\b[al]?gpl|general public licen[sc]e|\bshare ?alike|\bcc\b.*\bsa\b",
+        "copyleft",
+    ),
+    (
+        r"\b(not?|never|cannot|prohibit\w*|forbid\w*)\b[^.;]{0,60}"
+        r"\b(train|training|distil\w*|fine ?tun\w*|improve (any )?other)\b"
+        r"|\b(training|distil\w+|fine ?tuning)\b[^.;]{0,40}\b(not|prohibited|forbidden)\b"
+        r"|\bcompet(e|es|ing|itive)\b[^.;]{0,40}\b(models?|products?|services?)\b"
+        r"|\b(models?|products?|services?)\b[^.;]{0,40}\bcompet(e|es|ing)\b",
+        "no-training",
+    ),
+    (
+        r"\bsam licen[sc]e|\bdinov3|\bllama|\bgemma|\bnvidia open model|\bapple\b|\bstability ?ai",
+        "custom",
+    ),
 )
-PERMISSIVE = r"apache|\bmit\b|bsd|cc0|cc-by-[0-9]|cc-by$|public domain|unlicense|isc\b|mpl"
+PERMISSIVE = (
+    r"\bapache(2(\.0)?)?\b|\bmit\b|\b0?bsd\b|\bcc0\b|\bcc ?by\b(?! (nc|nd|sa)\b)"
+    r"|\bcreative commons attribution\b(?! (no|share))|\bpublic domain\b|\bunlicense\b|\bisc\b"
+    r"|\bmpl\b|\bzlib\b|\bpddl\b|\bcdla permissive\b|\bodc by\b"
+)
+# beside these words a permissive name says too little
+RESTRICTING = (
+    r"\b(but|except|unless|however|only|not?|never|cannot|restrict\w*|prohibit\w*|forbid\w*"
+    r"|limited|permission|consent)\b"
+)
+# left out before anything is looked for
+HARMLESS = r"\bno (attribution|warranty|copyright|rights reserved|(restriction|limit)s? on)\b"
 # prefix of a lower-case repository or model name -> licence; the longest prefix that fits counts
 KNOWN: dict[str, str] = {
     "prs-eth/marigold": "OpenRAIL++-M (counts training on its output as a derivative)",
@@ -107,13 +137,24 @@ def known_licence(name: str) -> str:
     return KNOWN[max(fits, key=len)] if fits else ""
 
 
+def plain(licence: str) -> str:
+    """A licence text in lower case with one space for every run of spaces, dashes, underscores."""
+    return re.sub(r"[\s_\u00ad\u2010-\u2015\u2212-]+", " ", licence.lower()).strip()
+
+
 def terms_of(licence: str) -> list[str]:
-    """The terms that a licence text names, by `PATTERNS`; ["unknown"] when it says nothing."""
-    text = licence.lower()
+    """The terms that a licence text names, by `PATTERNS`; ["unknown"] when it says nothing.
+
+    None for a name in `PERMISSIVE` with no word of `RESTRICTING` in the text.
+    """
+    text = re.sub(HARMLESS, "", plain(licence)).strip()
     found = [term for pattern, term in PATTERNS if re.search(pattern, text)]
-    if not found and not re.search(PERMISSIVE, text):
-        found = ["custom"] if text.strip() not in ("", "unknown", "other", "none") else ["unknown"]
-    return list(dict.fromkeys(found))
+    if found:
+        return found
+    if text in ("", "unknown", "other", "none"):
+        return ["unknown"]
+    free = re.search(PERMISSIVE, text) and not re.search(RESTRICTING, text)
+    return [] if free else ["custom"]
 
 
 def entry(role: str, name: str, licence: str | None = None) -> dict[str, Any]:
