@@ -239,19 +239,36 @@ def of_label_set(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     return merged(written, of_teacher(meta.get("teacher", {})))
 
 
-def for_label_job(
-    about: Mapping[str, Any], *, images: str, images_licence: str | None, source: Any = None
-) -> list[dict[str, Any]]:
-    """The ledger of a label job: its images (or the label set they come from) and its teacher.
+def inherited(ledger: Iterable[Mapping[str, Any]], *, images: str) -> list[dict[str, Any]]:
+    """Another set's ledger for a description that becomes part of a plan: without the terms.
 
-    ``source`` is the job's source; one with ``labels.meta`` (a label set) brings its own ancestors.
+    Its ``images`` take the role ``images``, so that nobody takes them for those of the job, which
+    ``licence.images`` speaks of.
     """
-    meta = getattr(getattr(source, "labels", None), "meta", None)
-    if meta is not None and images_licence is None:
-        pictures = of_label_set(meta)
-    else:
-        pictures = [entry("images", "images", images_licence)]
-    return merged(pictures, of_teacher(about))
+    kept = [{k: line[k] for k in ("role", "name", "licence", "basis")} for line in ledger]
+    return [line | {"role": images} if line["role"] == "images" else line for line in kept]
+
+
+def for_label_job(
+    about: Mapping[str, Any],
+    *,
+    images_licence: str | None,
+    origins: Sequence[Mapping[str, Any]] = ({},),
+) -> list[dict[str, Any]]:
+    """The ledger of a label job: its images (or the label sets they come from) and its teacher.
+
+    Args:
+        about: the teacher's description; an anchor and a calibration may stand in it.
+        images_licence: as the user states it; it takes the place of what the origins say of their
+            ``images``, their other ancestors stay.
+        origins: ``dataset.json`` of the label sets whose images these are, {} for images of none.
+    """
+    found = merged(*(of_label_set(meta) for meta in origins if meta))
+    if images_licence is not None:
+        found = [line for line in found if line["role"] != "images"]
+    if images_licence is not None or not all(origins):
+        found = [entry("images", "images", images_licence), *found]
+    return merged(found, of_teacher(about))
 
 
 def of_student(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -285,6 +302,8 @@ def refuse(
         refused: terms that the user does not accept, keys of `TERMS`.
         what: what would be made, for the message.
     """
+    if isinstance(refused, str):
+        raise UsageError(f"licence.refuse={refused}: expected a list, licence.refuse=[{refused}].")
     strange = sorted(set(refused) - set(TERMS))
     if strange:
         raise UsageError(f"licence.refuse: unknown terms {strange}; there are {sorted(TERMS)}.")
