@@ -199,3 +199,34 @@ def test_a_users_folder_is_named_without_its_path(tmp_path):
     assert about["weights_sha256"]["model.safetensors"] == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "licence"),
+    [
+        ("Depth-Anything-V2-Large-hf", {}, "CC-BY-NC-4.0"),
+        ("DepthPro-hf", {}, "Apple AMLR (research only)"),
+        ("radiology", {}, "not known: see the checkpoint's card"),
+        ("models--ruicheng--moge-2/snapshots/abc", {}, "MIT"),
+        ("a", {"config.json": '{"_name_or_path": "depth-anything/DA3-LARGE"}'}, "CC-BY-NC-4.0"),
+        ("a", {"config.json": '{"_name_or_path": "/home/me/DA3-LARGE"}'}, "CC-BY-NC-4.0"),
+        ("a", {"config.json": "[]"}, "not known: see the checkpoint's card"),
+        ("a", {"README.md": "---\ntags: [x]\nlicense: mit\n---\nlicense: gpl\n"}, "mit"),
+        ("a", {"README.md": "---\nlicense:\n- cc-by-nc-4.0\n---\n"}, "cc-by-nc-4.0"),
+        ("a", {"README.md": "---\nlicense: other\nlicense_name: acme-nc\n---\n"}, "acme-nc"),
+        (
+            "a",
+            {"README.md": "no front matter\nlicense: mit\n"},
+            "not known: see the checkpoint's card",
+        ),
+        # a mild card does not hide what is known of the name
+        ("DA3-LARGE", {"README.md": "---\nlicense: mit\n---\n"}, "mit; CC-BY-NC-4.0"),
+    ],
+)
+def test_a_local_folder_tells_of_its_licence(tmp_path, name, files, licence):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"abc")
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    assert open_checkpoint(str(folder), key="k").licence == licence

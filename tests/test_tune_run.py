@@ -102,7 +102,7 @@ def test_the_card_carries_the_ledger_of_data_and_start_weights(rooms, tmp_path):
     tune(**begun | {"steps": 2, "network": TINY})  # resumed without init
     found = of_teacher(MiniTeacher(weights=second).describe())
     assert ("training images", "CC-BY-NC-4.0") in [(e["role"], e["licence"]) for e in found]
-    with pytest.raises(LicenceRefusedError, match="training images images: CC-BY-NC-4.0"):
+    with pytest.raises(LicenceRefusedError, match=r"training images images: CC-BY-NC-4\.0"):
         refuse(for_label_job(MiniTeacher(weights=second).describe(), images_licence="MIT"),
                ["non-commercial"], what="x")  # fmt: skip
     clean = tune(**options(str(tmp_path / "free"), tmp_path / "c", steps=1))["weights"]

@@ -105,6 +105,7 @@ KNOWN: dict[str, str] = {
     "ruicheng/moge": "MIT",
     "lpiccinelli/unidepth": "CC-BY-NC-4.0",
     "tencent/depthcrafter": "academic and research use only",
+    "apple/depthpro": "Apple AMLR (research only)",
     "facebook/sam3": "SAM License",
     "facebook/dinov3": "DINOv3 License",
     "nvidia/radio": "NVIDIA non-commercial",
@@ -130,10 +131,16 @@ class LicenceRefusedError(UsageError):
     exit_code = 1
 
 
-def known_licence(name: str) -> str:
-    """The licence of a model or repository as far as the table knows it, "" if it does not."""
-    plain = name.split("@")[0].lower()
-    fits = [prefix for prefix in KNOWN if plain.startswith(prefix)]
+def known_licence(name: str, *, folder: bool = False) -> str:
+    """The licence of a model or repository as far as the table knows it, "" if it does not.
+
+    ``folder``: the name may be that of a folder, ``Depth-Anything-V2-Large-hf`` without its owner.
+    """
+    plain_name = name.split("@")[0].lower()
+    fits = [prefix for prefix in KNOWN if plain_name.startswith(prefix)]
+    if folder:
+        ends = r"((?<=-)|(?![a-z0-9]))"  # radio-h, not radiology
+        fits += [k for k in KNOWN if re.match(re.escape(k.split("/")[1]) + ends, plain_name)]
     return KNOWN[max(fits, key=len)] if fits else ""
 
 

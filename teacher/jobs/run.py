@@ -185,7 +185,7 @@ def licences(
 def keep_statement(
     folder: Path, ledger: list[dict[str, Any]], asked: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The ledger written when the set was begun; it holds, and another ``licence.images`` raises."""
+    """The ledger written when the set was begun holds; another ``licence.images`` raises."""
     meta = read_dataset(folder)
     if "licences" not in meta:
         return ledger
