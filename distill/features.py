@@ -18,6 +18,7 @@ from distill.masked import global_sum, world
 from student.backbone import Backbone
 from student.model import Student
 from teacher.errors import UsageError
+from teacher.jobs.licences import read_ledger
 
 MINI = "mini"
 TOLERANCE = 0.85  # a cosine above it is near enough (Depth Anything, section 3.4)
@@ -64,7 +65,8 @@ class MiniFeatures(nn.Module):
         self.net = generator.net.image
         self.size = generator.working_size(height, width)
         self.channels, self.stride = generator.net.patch.out_channels, 8
-        self.licence = str(generator.card.get("licence", ""))
+        self.licence = str(generator.card.get("license", ""))
+        self.licences = read_ledger(generator.card.get("licences"))
 
     def forward(self, image: Tensor) -> Tensor:
         """sRGB [B,3,H,W] in [0, 1] -> [B,C,h,w]."""

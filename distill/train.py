@@ -48,7 +48,7 @@ from student.checkpoint import write_atomic
 from student.model import Student
 from teacher.cores import usable_cores
 from teacher.errors import EnvironmentFailure, UsageError
-from teacher.jobs.licences import entry, of_student, refuse
+from teacher.jobs.licences import entry, merged, of_student, refuse
 from teacher.jobs.selection import apply_selections
 from teacher.label import Task
 from teacher.store import LabelSet
@@ -147,8 +147,9 @@ def _train(
     if features is not None:
         lesson.learn_features(features)
         assert lesson.features is not None
-        found = lesson.features.teacher[0].licence
-        ledger = [*ledger, entry("feature teacher", str(features["name"]), found)]
+        frozen = lesson.features.teacher[0]
+        own = entry("feature teacher", str(features["name"]), frozen.licence)
+        ledger = merged(ledger, [own], getattr(frozen, "licences", []))
     identity = identity_of(config, model, student, sets) | {
         "weights": weights,
         "features": features,

@@ -28,7 +28,7 @@ from student.checkpoint import load_student
 from student.model import Student
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
-from teacher.jobs.licences import as_text, of_student
+from teacher.jobs.licences import as_text, of_student, refuse
 from teacher.label import Camera
 from teacher.store import LabelSet, hash_file
 
@@ -205,6 +205,7 @@ def export_student(
     semantic_logits: bool = False,
     calibration: str | None = None,
     calibration_images: int = 32,
+    licence: dict[str, Any] | None = None,
     tensorrt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``student.onnx``, the checkpoint it came from, and ``export.json`` into ``out``.
@@ -221,6 +222,7 @@ def export_student(
         semantic_logits: also deliver the logits of the classes.
         calibration: label set whose images calibrate and judge every other precision than fp32.
         calibration_images: so many calibrate, as many others judge (`export.lowering`).
+        licence: ``refuse``: terms that no ancestor may have (`teacher.jobs.licences.TERMS`).
         tensorrt: None, or the options of `export.trt_engine.build` with which an engine of every
             precision but int8-cpu is built here, for this GPU and this TensorRT.
 
@@ -246,7 +248,8 @@ def export_student(
         trt_engine.check_options(tensorrt)
         trt_engine.import_tensorrt()
     source = Path(checkpoint)
-    load_student(source)  # refused before anything is written
+    student = load_student(source)  # refused before anything is written
+    refuse(of_student(student.provenance), (licence or {}).get("refuse", []), what=f"export {out}")
     folder = _open_folder(Path(out))
     reference = folder / REFERENCE
     if reference.resolve() != source.resolve():

@@ -23,6 +23,7 @@ from teacher import doubt, metrics
 from teacher.confidence import Calibration, Domain, Head, fingerprint, gentle, image_facts
 from teacher.errors import UsageError
 from teacher.generators import Query, Teacher, load_teacher
+from teacher.jobs.licences import inherited, of_label_set
 from teacher.label import SPACES, Answer, Label, Task, unknown_class
 from teacher.score import RIGHT_DEG, RIGHT_RATIO
 from teacher.store import LabelSet
@@ -260,6 +261,7 @@ def calibrate(
     made = Calibration(
         fingerprint(asked.describe()), Domain.of(name, facts), heads,
         {"images": len(facts), "labels": labels, "held": held, "tasks": report},
+        inherited(of_label_set(sets[labels].meta), images="calibration images"),
     )  # fmt: skip
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +128,27 @@ def gentle(name: str, values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Calibration:
-    """What `distill calibrate` found out about one teacher on one domain."""
+    """What `distill calibrate` found out about one teacher on one domain.
+
+    ``licences``: ledger of the truth it was fitted on (`teacher.jobs.licences`); empty in files of
+    before and in the shipped one, whose scenes are this project's.
+    """
 
     teacher: dict[str, Any]
     domain: Domain
     heads: dict[Task, Head]
     report: dict[str, Any]
+    licences: list[dict[str, Any]] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
-        """What a label set says of it: domain, what it was measured on, hash of the whole."""
+        """What a label set says of it: domain, what it was measured on, hash, ancestors."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return {
             "domain": self.domain.name,
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
             "images": self.report.get("images"),
             "tasks": self.report.get("tasks"),
+            **({"licences": self.licences} if self.licences else {}),
         }
 
     def fits(self, description: Mapping[str, Any], tasks: Sequence[Task]) -> None:
@@ -215,7 +221,7 @@ class Calibration:
             "format": FORMAT, "version": VERSION, "teacher": self.teacher, "heads": heads,
             "domain": {"name": d.name, "facts": d.facts, "mean": d.mean.tolist(),
                        "inverse": d.inverse.tolist(), "limit": d.limit},
-            "report": self.report,
+            "report": self.report, **({"licences": self.licences} if self.licences else {}),
         }  # fmt: skip
 
     @classmethod
@@ -244,7 +250,7 @@ class Calibration:
         for task, h in found["heads"].items():
             arrays = {k: None if v is None else np.array(v) for k, v in h.items() if k != "signs"}
             heads[Task(task)] = Head(signs=h["signs"], **arrays)  # type: ignore[arg-type]
-        return cls(found["teacher"], domain, heads, found["report"])
+        return cls(found["teacher"], domain, heads, found["report"], found.get("licences", []))
 
 
 def _unknown(task: Task, values: np.ndarray) -> np.ndarray:

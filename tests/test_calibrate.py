@@ -369,7 +369,8 @@ def grey_label(seed: int) -> Label:
 def grey(tmp_path_factory):
     """Calibration of the grey teacher, and a folder of new pictures of its domain."""
     root = tmp_path_factory.mktemp("grey")
-    write_label_set(root / "truth", n=24, make=grey_label, dataset={"tasks": ["depth"]})
+    about = {"tasks": ["depth"], "licences": {"images": "CC-BY-NC-4.0"}}
+    write_label_set(root / "truth", n=24, make=grey_label, dataset=about)
     calibrate(teacher={"name": GREY}, labels=str(root / "truth"), out=str(root / "c.json"),
               tasks=["depth"], domain="grey")  # fmt: skip
     (root / "photos").mkdir()
@@ -412,6 +413,10 @@ def test_a_label_job_stores_confidence_and_where_it_holds(grey, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"licence": {"images": "MIT", "refuse": ["non-commercial"]}},
+            r"calibration images images: CC-BY-NC-4\.0",
+        ),
         ({"teacher": {"name": GREY, "wrong": 2.0}}, r"another teacher \(wrong: 2.0 here, 1.0"),
         ({"calibration": "/nowhere.json"}, r"/nowhere\.json: no calibration there"),
         (

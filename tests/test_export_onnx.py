@@ -22,8 +22,9 @@ from export.onnx_files import check_rules, check_sizes, read_model
 from export.onnx_graph import export_student
 from export.parity import gap
 from export.runtimes import open_runtime
-from student.checkpoint import load_student
+from student.checkpoint import load_student, save_student
 from teacher.errors import UsageError
+from teacher.jobs.licences import LicenceRefusedError
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,19 @@ def test_metadata_says_units_frame_classes_camera_licences_and_student(exported)
     assert card.student_sha256 == told["reference"]["sha256"] and len(card.student_sha256) == 64
     assert json.loads(props[PREFIX + "outputs"])["depth"]["unit"].startswith("metres")
     assert "x right, y up, z toward the viewer" in json.loads(props[PREFIX + "frame"])
+
+
+def test_a_refused_licence_stops_the_export_and_names_the_ancestor(tmp_path):
+    student = make_student(tmp_path / "s.safetensors", tasks=("depth",))
+    lesson = {"data": [{"teacher": {"name": "truth"}, "licences": {"images": "CC-BY-NC-4.0"}}]}
+    save_student(load_student(student), student, lesson)
+    options = {"checkpoint": str(student), "out": str(tmp_path / "e")}
+    with pytest.raises(LicenceRefusedError, match=r"export .*e would.*\n.*images: CC-BY-NC-4\.0"):
+        export_student(**options, licence={"refuse": ["non-commercial"]})
+    with pytest.raises(UsageError, match=r"expected a list, licence.refuse=\[custom\]"):
+        export_student(**options, licence={"refuse": "custom"})
+    assert not (tmp_path / "e").exists()
+    assert export_student(**options, licence={"refuse": ["copyleft"]})["exit"] == 0
 
 
 def test_the_readiness_table_lies_beside_the_graphs(exported):

@@ -1,6 +1,7 @@
 """The licence ledger: terms from texts, the chain from images to artefact, and refusal by name."""
 
-from types import SimpleNamespace
+import json
+import shutil
 
 import pytest
 
@@ -18,6 +19,8 @@ from teacher.jobs.licences import (
     refuse,
     terms_of,
 )
+from teacher.jobs.run import label
+from teacher.jobs.sources import open_source
 
 MARIGOLD = {
     "name": "marigold",
@@ -52,6 +55,50 @@ MARIGOLD = {
         ("House rules of ACME", ["custom"]),
         ("trail mix", ["custom"]),
         ("", ["unknown"]),
+        # SPDX ids and titles
+        ("0BSD", []),
+        ("ISC", []),
+        ("MPL-2.0", []),
+        ("CC0-1.0", []),
+        ("MIT No Attribution", []),
+        ("Apache-2.0 WITH LLVM-exception", []),
+        ("Apache License, Version 2.0", []),
+        ("CC BY 4.0", []),
+        ("Creative Commons Attribution 4.0 International", []),
+        ("CC BY SA 4.0", ["copyleft"]),
+        ("CC-BY-ND-4.0", ["custom"]),
+        ("Attribution-NonCommercial-ShareAlike 4.0", ["non-commercial", "copyleft"]),
+        ("GPL-3.0-or-later", ["copyleft"]),
+        ("GNU General Public License v3", ["copyleft"]),
+        # tags of Hugging Face
+        ("openrail", ["use-restrictions"]),
+        ("creativeml-openrail-m", ["use-restrictions"]),
+        ("bigscience-bloom-rail-1.0", ["use-restrictions"]),
+        ("llama3", ["custom"]),
+        ("gemma", ["custom"]),
+        ("other", ["unknown"]),
+        ("cc-by-nc-4.0", ["non-commercial"]),
+        ("cc-by-nc-sa-4.0", ["non-commercial", "copyleft"]),
+        ("flux-1-dev-non-commercial-license", ["non-commercial"]),
+        ("apple-amlr", ["non-commercial", "custom"]),
+        ("deepfloyd-if-license", ["non-commercial"]),
+        ("stabilityai-ai-community", ["custom"]),
+        ("intel-research", ["non-commercial"]),
+        # sentences
+        ("Not for commercial use. Complete terms at example.com", ["non-commercial"]),
+        ("House rules, a complete example, sample, template, misc", ["custom"]),
+        ("No commercial use", ["non-commercial"]),
+        ("Commercial use is not permitted", ["non-commercial"]),
+        ("For research purposes only", ["non-commercial"]),
+        ("Educational and non-profit use", ["non-commercial"]),
+        ("Non\u2011Commercial", ["non-commercial"]),
+        ("MIT, but not commercially", ["non-commercial"]),
+        ("Apache-2.0 code, weights for research use", ["non-commercial"]),
+        ("Apache-2.0: no restrictions on commercial use", []),
+        ("MIT, except for weapons", ["custom"]),
+        ("Answers may not be used to train models", ["no-training"]),
+        ("not to be used to develop competing models", ["no-training"]),
+        ("no use of output to build products that compete with us", ["no-training"]),
     ],
 )
 def test_terms_of_licence_texts(text, terms):
@@ -110,8 +157,7 @@ def test_the_chain_from_images_to_artefact_names_every_ancestor(tmp_path, balls)
     """scenes -> label set of Marigold -> student with a DINOv3 backbone -> artefact's lines."""
 
     scenes = {"teacher": {"name": "truth"}, "licences": {"images": "Apache-2.0 (scenes)"}}
-    source = SimpleNamespace(labels=SimpleNamespace(meta=scenes))
-    job = for_label_job(MARIGOLD, images="scenes/", images_licence=None, source=source)
+    job = for_label_job(MARIGOLD, images_licence=None, origins=[scenes])
     meta = {"teacher": MARIGOLD, "licences": job, "plan_hash": "x"}
     assert of_label_set(meta) == job  # what was written is what is read: nothing doubles
     provenance = {
@@ -135,7 +181,7 @@ def test_the_chain_from_images_to_artefact_names_every_ancestor(tmp_path, balls)
 
 
 def test_refusal_names_the_ancestor_and_what_to_do():
-    ledger = for_label_job(MARIGOLD, images="photos/", images_licence="CC-BY-4.0")
+    ledger = for_label_job(MARIGOLD, images_licence="CC-BY-4.0")
     with pytest.raises(LicenceRefusedError, match=r"label set out/x would descend from") as caught:
         refuse(ledger, ["non-commercial"], what="label set out/x")
     text = str(caught.value)
@@ -145,7 +191,7 @@ def test_refusal_names_the_ancestor_and_what_to_do():
     assert refuse(ledger, [], what="x") == ledger
     assert refuse(ledger, ["no-training", "unknown"], what="x") == ledger
     with pytest.raises(LicenceRefusedError, match="images images: licence unknown"):
-        refuse(for_label_job(MARIGOLD, images="p", images_licence=None), ["unknown"], what="x")
+        refuse(for_label_job(MARIGOLD, images_licence=None), ["unknown"], what="x")
 
 
 def test_a_mistyped_term_is_not_taken_for_none():
@@ -158,3 +204,74 @@ def test_the_shipped_teacher_and_the_scenes_are_free_of_terms():
     ledger = of_label_set({"teacher": mini, "licences": {"images": "Apache-2.0 (this project)"}})
     assert [e["role"] for e in ledger] == ["images", "teacher code", "teacher weights"]
     assert all(e["terms"] == [] for e in ledger)
+
+
+def copied(truth, pictures, out, **licence):
+    """A label job that copies the labels of ``truth`` to the same images."""
+    return label(
+        teacher={"name": "truth", "labels": str(truth)}, images=str(pictures), out=str(out),
+        tasks=["depth"], max_side=None, shard_size=8, batch_size=4, keep_pictures=False,
+        threads=1, licence=licence,
+    )  # fmt: skip
+
+
+def ledger_of(folder):
+    return of_label_set(json.loads((folder / "dataset.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def restricted(tmp_path_factory, balls):
+    """A label set of non-commercial images."""
+    out = tmp_path_factory.mktemp("nc") / "set"
+    copied(balls, balls, out, images="CC-BY-NC-4.0")
+    return out
+
+
+def test_a_statement_on_the_images_is_none_on_the_labels(restricted, tmp_path):
+    """Labels copied from a set keep its terms, whatever licence.images says of the images."""
+    free = {"images": "CC0-1.0", "refuse": ["non-commercial"]}
+    with pytest.raises(LicenceRefusedError, match=r"truth images images: CC-BY-NC-4\.0"):
+        copied(restricted, restricted, tmp_path / "set", **free)
+    assert not (tmp_path / "set").exists()
+    copied(restricted, restricted, tmp_path / "set", images="CC0-1.0")
+    found = [(e["role"], e["licence"]) for e in ledger_of(tmp_path / "set")]
+    assert ("images", "CC0-1.0") in found and ("truth images", "CC-BY-NC-4.0") in found
+    with pytest.raises(LicenceRefusedError, match="truth images"):  # one more step down the chain
+        copied(tmp_path / "set", tmp_path / "set", tmp_path / "next", **free)
+
+
+def test_a_statement_replaces_the_images_and_nothing_else():
+    origin = {"teacher": MARIGOLD, "licences": {"images": "CC-BY-NC-4.0", "sensor": "ACME rules"}}
+    ledger = for_label_job({"name": "truth"}, images_licence="MIT", origins=[origin])
+    assert [(e["role"], e["licence"]) for e in ledger if "teacher" not in e["role"]] == [
+        ("images", "MIT"),
+        ("sensor", "ACME rules"),
+        ("anchor weights", "CC-BY-NC-4.0"),
+    ]
+
+
+def test_another_statement_on_resume_is_refused(balls, tmp_path):
+    out = tmp_path / "set"
+    copied(balls, balls, out, images="CC-BY-NC-4.0")
+    with pytest.raises(UsageError, match=r"licence.images=MIT: .* says CC-BY-NC-4\.0 .*choose"):
+        copied(balls, balls, out, images="MIT")
+    assert copied(balls, balls, out, images="CC-BY-NC-4.0")["complete"]
+    assert copied(balls, balls, out)["complete"]
+    with pytest.raises(LicenceRefusedError, match=r"images images: CC-BY-NC-4\.0"):
+        copied(balls, balls, out, refuse=["non-commercial"])
+
+
+def test_a_tar_of_a_label_set_brings_the_ledger_beside_it(restricted, tmp_path):
+    tar = restricted / "shard-000000.tar"
+    assert of_label_set(open_source(str(tar)).origins[0]) == ledger_of(restricted)
+    with pytest.raises(LicenceRefusedError, match=r"images images: CC-BY-NC-4\.0"):
+        copied(restricted, tar, tmp_path / "set", refuse=["non-commercial"])
+    shutil.copy(tar, tmp_path / "alone.tar")
+    assert open_source(str(tmp_path / "alone.tar")).origins == [{}]
+    both = tmp_path / "both"
+    shutil.copytree(restricted, both / "set")
+    shutil.copy(tar, both / "alone.tar")
+    ledger = for_label_job(
+        {"name": "truth"}, images_licence=None, origins=open_source(f"{both}/**/*.tar").origins
+    )
+    assert [e["licence"] for e in ledger if e["role"] == "images"] == ["", "CC-BY-NC-4.0"]

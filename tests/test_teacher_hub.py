@@ -13,6 +13,7 @@ import torch
 from teacher.errors import UsageError
 from teacher.generators.hub import open_checkpoint
 
+UNKNOWN = "not known: see the checkpoint's card"
 SHA = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b'{"model_type": "x"}', "model.safetensors": b"weights", "x.bin": b"no"}
 FILES["model.fp16.safetensors"] = b"half"
@@ -199,3 +200,30 @@ def test_a_users_folder_is_named_without_its_path(tmp_path):
     assert about["weights_sha256"]["model.safetensors"] == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "licence"),
+    [
+        ("Depth-Anything-V2-Large-hf", {}, "CC-BY-NC-4.0"),
+        ("DepthPro-hf", {}, "Apple AMLR (research only)"),
+        ("radiology", {}, UNKNOWN),
+        ("models--ruicheng--moge-2/snapshots/abc", {}, "MIT"),
+        ("a", {"config.json": '{"_name_or_path": "depth-anything/DA3-LARGE"}'}, "CC-BY-NC-4.0"),
+        ("a", {"config.json": '{"_name_or_path": "/home/me/DA3-LARGE"}'}, "CC-BY-NC-4.0"),
+        ("a", {"config.json": "[]"}, UNKNOWN),
+        ("a", {"README.md": "---\ntags: [x]\nlicense: mit\n---\nlicense: gpl\n"}, "mit"),
+        ("a", {"README.md": "---\nlicense:\n- cc-by-nc-4.0\n---\n"}, "cc-by-nc-4.0"),
+        ("a", {"README.md": "---\nlicense: other\nlicense_name: acme-nc\n---\n"}, "acme-nc"),
+        ("a", {"README.md": "no front matter\nlicense: mit\n"}, UNKNOWN),
+        # a mild card does not hide what is known of the name
+        ("DA3-LARGE", {"README.md": "---\nlicense: mit\n---\n"}, "mit; CC-BY-NC-4.0"),
+    ],
+)
+def test_a_local_folder_tells_of_its_licence(tmp_path, name, files, licence):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"abc")
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    assert open_checkpoint(str(folder), key="k").licence == licence

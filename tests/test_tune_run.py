@@ -1,6 +1,7 @@
 """`distill tune`: resumes bit by bit, survives NaN, refuses bad use; and the schedule by hand."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from distill.tune.module import TuneModule, learning_rate
 from distill.tune.run import tune
 from distill.tune.stream import Plan
 from teacher.errors import EnvironmentFailure, UsageError
+from teacher.generators.mini import MiniTeacher
 from teacher.generators.mini_generator import MiniGenerator
+from teacher.jobs.licences import LicenceRefusedError, for_label_job, of_teacher, refuse
 from teacher.store import write_label_set
 
 
@@ -80,6 +83,31 @@ def test_it_writes_a_loadable_generator_and_a_sheet(rooms, tmp_path):
     assert list((tmp_path / "sheets").glob("step-*.png"))
     again = tune(**options(rooms, tmp_path / "next", steps=1, init=result["weights"], network=None))
     assert again["step"] == 1
+
+
+def test_the_card_carries_the_ledger_of_data_and_start_weights(rooms, tmp_path):
+    """Non-commercial scenes -> generator -> generator -> label job, named at each step."""
+    shutil.copytree(rooms, tmp_path / "nc")
+    about = json.loads((tmp_path / "nc" / "dataset.json").read_text())
+    about |= {"teacher": {"name": "truth"}, "licences": {"images": "CC-BY-NC-4.0"}}
+    (tmp_path / "nc" / "dataset.json").write_text(json.dumps(about))
+    free = about | {"licences": {"images": "Apache-2.0 (scenes)"}}
+    shutil.copytree(tmp_path / "nc", tmp_path / "free")
+    (tmp_path / "free" / "dataset.json").write_text(json.dumps(free))
+    first = tune(**options(str(tmp_path / "nc"), tmp_path / "a", steps=1))["weights"]
+    card = MiniGenerator.from_pretrained(first).card
+    assert card["license"] == "not stated: see licences"
+    begun = options(str(tmp_path / "free"), tmp_path / "b", steps=1, network=None)
+    second = tune(**begun, init=first)["weights"]
+    tune(**begun | {"steps": 2, "network": TINY})  # resumed without init
+    found = of_teacher(MiniTeacher(weights=second).describe())
+    assert ("training images", "CC-BY-NC-4.0") in [(e["role"], e["licence"]) for e in found]
+    with pytest.raises(LicenceRefusedError, match=r"training images images: CC-BY-NC-4\.0"):
+        refuse(for_label_job(MiniTeacher(weights=second).describe(), images_licence="MIT"),
+               ["non-commercial"], what="x")  # fmt: skip
+    clean = tune(**options(str(tmp_path / "free"), tmp_path / "c", steps=1))["weights"]
+    assert MiniGenerator.from_pretrained(clean).card["license"] == "Apache-2.0"
+    assert "licences" not in MiniTeacher().describe()  # the shipped one is of our own scenes
 
 
 def test_training_learns(rooms, tmp_path):

@@ -23,10 +23,14 @@ from distill.tune.pairs import Pairs
 from distill.tune.scenes_cache import Scenes, load_scenes
 from distill.tune.stream import Plan, Stream, split
 from teacher.errors import UsageError
+from teacher.jobs.commit import replace_atomically
+from teacher.jobs.licences import entry, inherited, merged, of_label_set, read_ledger
 from teacher.prompts import KINDS
+from teacher.store import read_dataset
 
 DEFAULT_WEIGHTS = {"depth": 4.0, "normals": 3.0, "semantic": 2.0, "instances": 2.0}
 TASKS = tuple(DEFAULT_WEIGHTS)
+LICENCES = "licences.json"
 
 
 def tune(
@@ -63,7 +67,8 @@ def tune(
     Args:
         teacher: the generator to tune: ``mini``.
         data: a label set with all four tasks (`distill scenes`), or several.
-        out: run folder: state, log, sheets, ``generator.safetensors`` (averaged weights).
+        out: run folder: state, log, sheets, ``generator.safetensors`` (averaged weights; its card
+            carries the licence ledger of ``data`` and ``init``).
         init: weights to start from (``*.safetensors`` with its card); only for a new run.
         steps: total steps of the plan; the first ``generate_steps`` only draw from captions, the
             first ``small_steps`` work at half the size, the last ``decay`` lower the rate.
@@ -108,6 +113,7 @@ def tune(
                 f"{data}: {len(scenes)} scenes leave {len(train)} to train on and {len(back)} to"
                 f" validate with held_back={held_back}; render more scenes or change the share"
             )
+        ledger = ancestors(folder, [data] if isinstance(data, str) else data, init)
         plan = Plan(generate_steps, small_steps, steps, retention, weights)
         torch.manual_seed(seed)
         module = _module(network, init, plan, lr, warmup, decay, ema)
@@ -138,7 +144,10 @@ def tune(
                 ],
                 "scenes": len(train),
                 "kinds": list(KINDS),
-                "license": "Apache-2.0",
+                "license": "not stated: see licences"
+                if any(x["terms"] for x in ledger)
+                else "Apache-2.0",
+                "licences": ledger,
                 "plan": {**vars(plan), "lr": lr, "batch": batch, "ema": ema, "seed": seed},
             },
         )
@@ -155,6 +164,26 @@ def tune(
         }
         (folder / "tune.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def ancestors(folder: Path, data: Sequence[str], init: str | None) -> list[dict[str, Any]]:
+    """The licence ledger of the run, kept in ``licences.json``; a resumed run forgets no ancestor.
+
+    A start card without ``licences`` brings its ``license``; that of the shipped weights is ours.
+    """
+    kept = folder / LICENCES
+    found = [read_ledger(json.loads(kept.read_text()))] if kept.exists() else []
+    for labels in data:
+        found.append(inherited(of_label_set(read_dataset(Path(labels))), images="training images"))
+    if init:
+        from teacher.generators.mini_generator import MiniGenerator
+
+        card = MiniGenerator.from_pretrained(init).card
+        found.append([entry("start weights", Path(init).name, card.get("license"))])
+        found.append(read_ledger(card.get("licences")))
+    ledger = read_ledger(merged(*found))
+    replace_atomically(kept, json.dumps(ledger, indent=1).encode() + b"\n")
+    return ledger
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.generators.layouts import camera_of, layout_of, list_images
+from teacher.jobs.licences import inherited, of_label_set
 from teacher.label import Answer, Camera, Space, Task
 from teacher.store import LabelSet, canonical_json
 
@@ -37,9 +38,11 @@ class TruthTeacher:
         self.tasks = self.labels.tasks
 
     def describe(self) -> dict[str, Any]:
-        """The set is pinned by its plan hash, not by its path."""
+        """The set is pinned by its plan hash, not by its path; its ancestors are the labels'."""
         classes = {str(k): v for k, v in self.labels.classes.items()}
-        return {"name": "truth", "plan_hash": self.labels.meta["plan_hash"], "classes": classes}
+        ledger = inherited(of_label_set(self.labels.meta), images="truth images")
+        about = {"name": "truth", "plan_hash": self.labels.meta["plan_hash"], "classes": classes}
+        return about | {"licences": ledger}
 
     def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
         """The stored arrays, if the image has the size of the label."""

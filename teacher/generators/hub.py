@@ -6,6 +6,7 @@ The hub is reached through `huggingface_hub` alone, which honours ``HF_HUB_OFFLI
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from teacher.errors import EnvironmentFailure, UsageError
+from teacher.jobs.licences import known_licence
 
 # diffusers reads this once, at its first import; every module that needs diffusers imports us first
 os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
 
 SMALL_FILES = ("json", "txt", "model")  # configs, tokenizer files
+# a line of a card's front matter, with the value after it or as the first of a list below
+CARD_LICENCE = r"^licen[sc]e(?:_name)?:\s*(?:-\s*)?[\"'\[]*([^\s\"'\]][^\n\"'\]]*)"
 PRECISION_VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)[.-]")
 
 
@@ -98,6 +102,7 @@ def open_checkpoint(
     local = Path(spec).expanduser()
     if local.is_dir():
         folder, repo, commit = local, local.resolve().name, None
+        own = _licences_in(folder, parts)
     elif spec.startswith(("/", ".", "~")) or spec.count("/") != 1:
         raise UsageError(
             f"{key}={spec!r}: no such folder; give a folder with a checkpoint, or a hub repository "
@@ -106,12 +111,32 @@ def open_checkpoint(
     else:
         folder = _download(repo, revision or None, key=key, parts=parts, extra_files=extra_files)
         commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision or None
+        own = []
     _check_layout(folder, key=key, spec=spec, parts=parts)
-    licence = next(
-        (text for prefix, text in (licences or {}).items() if repo.startswith(prefix)),
-        "not known: see the checkpoint's card",
-    )
+    known = [text for prefix, text in (licences or {}).items() if repo.startswith(prefix)]
+    licence = "; ".join(dict.fromkeys([*known[:1], *own])) or "not known: see the checkpoint's card"
     return Checkpoint(folder, repo, commit, tuple(parts), licence)
+
+
+def _licences_in(folder: Path, parts: Sequence[str]) -> list[str]:
+    """What a local folder tells of the licence of its weights: its card, and every name it has.
+
+    Names: the folder's, the hub cache's above it, ``_name_or_path`` of its configs. A mild card
+    does not hide what is known of a name; both are said.
+    """
+    card = folder / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    said = re.findall(CARD_LICENCE, front[1] if front else "", re.MULTILINE)
+    names = [folder.resolve().name]
+    names += [p[8:].replace("--", "/") for p in folder.resolve().parts if p.startswith("models--")]
+    for place in (folder, *(folder / part for part in parts)):
+        for config in ("config.json", "model_index.json"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                names.append(str(json.loads((place / config).read_text()).get("_name_or_path", "")))
+    table = [known_licence(n) or known_licence(Path(n).name, folder=True) for n in names]
+    silent = ("", "other", "unknown", "none")
+    return [x for x in [*said, *table] if x.lower() not in silent]
 
 
 def _weights(folder: Path, parts: Sequence[str]) -> list[Path]:

@@ -84,11 +84,13 @@ class MiniTeacher:
 
     def describe(self) -> dict[str, Any]:
         """See `Teacher.describe`."""
+        card = self.generator.card
         return {
             "name": "mini",
             "weights_sha256": self.generator.sha256,
-            "steps_trained": self.generator.card.get("steps_trained"),
-            "license": self.generator.card.get("license"),
+            "steps_trained": card.get("steps_trained"),
+            "license": card.get("license"),
+            **({"licences": card["licences"]} if card.get("licences") else {}),
             "prompts": {str(t): self.prompt(t, name="{name}") for t in TASKS},
             "prompts_version": wordings.VERSION,
             "steps": self.steps,

@@ -26,18 +26,48 @@ TERMS = {
     "custom": "a licence of its own, to be read",
     "unknown": "no licence is known",
 }
-# licence text -> terms; every pattern that fits counts
+# `plain` licence text -> terms; every pattern that fits counts. [^.;] stays within a sentence.
 PATTERNS: tuple[tuple[str, str], ...] = (
     (
-        r"non[\s_-]?commercial|\bnc\b|-nc\b|research[\s_-]?(use )?only|academic (and|use)",
+        r"\bnon ?commercial|\bnc\b|\bnon ?profit|\bnot for profit|\bamlr\b|deepfloyd"
+        r"|\b(not?|never|cannot|without|prohibit\w*|forbid\w*)\b[^.;]{0,60}\bcommercial"
+        r"|\bcommercial(ly)?\b[^.;]{0,40}\b(not|prohibited|forbidden|excluded|requires?)\b"
+        r"|\b(research|academi\w+|education\w*|evaluation|personal|scientific)\b[^.;]{0,40}"
+        r"\b(only|uses?|purposes?)\b"
+        r"|\bonly\b[^.;]{0,40}\b(research|academi\w+|education\w*|evaluation|personal)\b"
+        r"|\bresearch licen[sc]e|\bintel research\b",
         "non-commercial",
     ),
-    (r"(open|\b)rail(\+|-|s?\b)", "use-restrictions"),
-    (r"\b[al]?gpl|\bshare[\s-]?alike|-sa\b", "copyleft"),
-    (r"no[\s_-]?training|forbids? training", "no-training"),
-    (r"sam licen[sc]e|dinov3|llama|gemma|nvidia open model|apple|stability ai community", "custom"),
+    (r"openrail|\brails?\b", "use-restrictions"),
+    (
+        r"\b[al]?gpl|general public licen[sc]e|\bshare ?alike|\bcc\b.*\bsa\b",
+        "copyleft",
+    ),
+    (
+        r"\b(not?|never|cannot|prohibit\w*|forbid\w*)\b[^.;]{0,60}"
+        r"\b(train|training|distil\w*|fine ?tun\w*|improve (any )?other)\b"
+        r"|\b(training|distil\w+|fine ?tuning)\b[^.;]{0,40}\b(not|prohibited|forbidden)\b"
+        r"|\bcompet(e|es|ing|itive)\b[^.;]{0,40}\b(models?|products?|services?)\b"
+        r"|\b(models?|products?|services?)\b[^.;]{0,40}\bcompet(e|es|ing)\b",
+        "no-training",
+    ),
+    (
+        r"\bsam licen[sc]e|\bdinov3|\bllama|\bgemma|\bnvidia open model|\bapple\b|\bstability ?ai",
+        "custom",
+    ),
 )
-PERMISSIVE = r"apache|\bmit\b|bsd|cc0|cc-by-[0-9]|cc-by$|public domain|unlicense|isc\b|mpl"
+PERMISSIVE = (
+    r"\bapache(2(\.0)?)?\b|\bmit\b|\b0?bsd\b|\bcc0\b|\bcc ?by\b(?! (nc|nd|sa)\b)"
+    r"|\bcreative commons attribution\b(?! (no|share))|\bpublic domain\b|\bunlicense\b|\bisc\b"
+    r"|\bmpl\b|\bzlib\b|\bpddl\b|\bcdla permissive\b|\bodc by\b"
+)
+# beside these words a permissive name says too little
+RESTRICTING = (
+    r"\b(but|except|unless|however|only|not?|never|cannot|restrict\w*|prohibit\w*|forbid\w*"
+    r"|limited|permission|consent)\b"
+)
+# left out before anything is looked for
+HARMLESS = r"\bno (attribution|warranty|copyright|rights reserved|(restriction|limit)s? on)\b"
 # prefix of a lower-case repository or model name -> licence; the longest prefix that fits counts
 KNOWN: dict[str, str] = {
     "prs-eth/marigold": "OpenRAIL++-M (counts training on its output as a derivative)",
@@ -75,6 +105,7 @@ KNOWN: dict[str, str] = {
     "ruicheng/moge": "MIT",
     "lpiccinelli/unidepth": "CC-BY-NC-4.0",
     "tencent/depthcrafter": "academic and research use only",
+    "apple/depthpro": "Apple AMLR (research only)",
     "facebook/sam3": "SAM License",
     "facebook/dinov3": "DINOv3 License",
     "nvidia/radio": "NVIDIA non-commercial",
@@ -100,20 +131,37 @@ class LicenceRefusedError(UsageError):
     exit_code = 1
 
 
-def known_licence(name: str) -> str:
-    """The licence of a model or repository as far as the table knows it, "" if it does not."""
-    plain = name.split("@")[0].lower()
-    fits = [prefix for prefix in KNOWN if plain.startswith(prefix)]
+def known_licence(name: str, *, folder: bool = False) -> str:
+    """The licence of a model or repository as far as the table knows it, "" if it does not.
+
+    ``folder``: the name may be that of a folder, ``Depth-Anything-V2-Large-hf`` without its owner.
+    """
+    plain_name = name.split("@")[0].lower()
+    fits = [prefix for prefix in KNOWN if plain_name.startswith(prefix)]
+    if folder:
+        ends = r"((?<=-)|(?![a-z0-9]))"  # radio-h, not radiology
+        fits += [k for k in KNOWN if re.match(re.escape(k.split("/")[1]) + ends, plain_name)]
     return KNOWN[max(fits, key=len)] if fits else ""
 
 
+def plain(licence: str) -> str:
+    """A licence text in lower case with one space for every run of spaces, dashes, underscores."""
+    return re.sub(r"[\s_\u00ad\u2010-\u2015\u2212-]+", " ", licence.lower()).strip()
+
+
 def terms_of(licence: str) -> list[str]:
-    """The terms that a licence text names, by `PATTERNS`; ["unknown"] when it says nothing."""
-    text = licence.lower()
+    """The terms that a licence text names, by `PATTERNS`; ["unknown"] when it says nothing.
+
+    None for a name in `PERMISSIVE` with no word of `RESTRICTING` in the text.
+    """
+    text = re.sub(HARMLESS, "", plain(licence)).strip()
     found = [term for pattern, term in PATTERNS if re.search(pattern, text)]
-    if not found and not re.search(PERMISSIVE, text):
-        found = ["custom"] if text.strip() not in ("", "unknown", "other", "none") else ["unknown"]
-    return list(dict.fromkeys(found))
+    if found:
+        return found
+    if text in ("", "unknown", "other", "none"):
+        return ["unknown"]
+    free = re.search(PERMISSIVE, text) and not re.search(RESTRICTING, text)
+    return [] if free else ["custom"]
 
 
 def entry(role: str, name: str, licence: str | None = None) -> dict[str, Any]:
@@ -198,19 +246,36 @@ def of_label_set(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     return merged(written, of_teacher(meta.get("teacher", {})))
 
 
-def for_label_job(
-    about: Mapping[str, Any], *, images: str, images_licence: str | None, source: Any = None
-) -> list[dict[str, Any]]:
-    """The ledger of a label job: its images (or the label set they come from) and its teacher.
+def inherited(ledger: Iterable[Mapping[str, Any]], *, images: str) -> list[dict[str, Any]]:
+    """Another set's ledger for a description that becomes part of a plan: without the terms.
 
-    ``source`` is the job's source; one with ``labels.meta`` (a label set) brings its own ancestors.
+    Its ``images`` take the role ``images``, so that nobody takes them for those of the job, which
+    ``licence.images`` speaks of.
     """
-    meta = getattr(getattr(source, "labels", None), "meta", None)
-    if meta is not None and images_licence is None:
-        pictures = of_label_set(meta)
-    else:
-        pictures = [entry("images", "images", images_licence)]
-    return merged(pictures, of_teacher(about))
+    kept = [{k: line[k] for k in ("role", "name", "licence", "basis")} for line in ledger]
+    return [line | {"role": images} if line["role"] == "images" else line for line in kept]
+
+
+def for_label_job(
+    about: Mapping[str, Any],
+    *,
+    images_licence: str | None,
+    origins: Sequence[Mapping[str, Any]] = ({},),
+) -> list[dict[str, Any]]:
+    """The ledger of a label job: its images (or the label sets they come from) and its teacher.
+
+    Args:
+        about: the teacher's description; an anchor and a calibration may stand in it.
+        images_licence: as the user states it; it takes the place of what the origins say of their
+            ``images``, their other ancestors stay.
+        origins: ``dataset.json`` of the label sets whose images these are, {} for images of none.
+    """
+    found = merged(*(of_label_set(meta) for meta in origins if meta))
+    if images_licence is not None:
+        found = [line for line in found if line["role"] != "images"]
+    if images_licence is not None or not all(origins):
+        found = [entry("images", "images", images_licence), *found]
+    return merged(found, of_teacher(about))
 
 
 def of_student(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -244,6 +309,8 @@ def refuse(
         refused: terms that the user does not accept, keys of `TERMS`.
         what: what would be made, for the message.
     """
+    if isinstance(refused, str):
+        raise UsageError(f"licence.refuse={refused}: expected a list, licence.refuse=[{refused}].")
     strange = sorted(set(refused) - set(TERMS))
     if strange:
         raise UsageError(f"licence.refuse: unknown terms {strange}; there are {sorted(TERMS)}.")

@@ -17,14 +17,14 @@ from tqdm import tqdm
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.jobs.commit import replace_atomically
 from teacher.jobs.engines import Tally, Worker
-from teacher.jobs.licences import for_label_job, refuse
+from teacher.jobs.licences import for_label_job, read_ledger, refuse
 from teacher.jobs.plan import Plan, make_plan
 from teacher.jobs.processes import run_processes, survey_in_process
 from teacher.jobs.recipe import PROBE_FROM_BATCHES, About, Job, Models, Recipe
 from teacher.jobs.redo import set_aside_damaged
 from teacher.jobs.sources import Source
 from teacher.shards import seal_path
-from teacher.store import open_folder, sealed_shards, write_index
+from teacher.store import DATASET, open_folder, read_dataset, sealed_shards, write_index
 
 
 def label(
@@ -116,6 +116,7 @@ def label(
     plan = make_plan(source, shard_size=shard_size, batch_size=batch_size, facts=job.facts(about))
     dataset = dataset_of(plan, about) | {"licences": ledger, "software": about.software}
     folder = open_folder(out, dataset)
+    keep_statement(folder, ledger, licence or {})
     mine = range(index, plan.shards, count)
     done = sorted(set(sealed_shards(folder)) & set(mine))
     damaged = set_aside_damaged(folder, done, dataset, threads=threads) if verify else {}
@@ -174,12 +175,33 @@ def licences(
 ) -> list[dict[str, Any]]:
     """The ledger of the job; raises where it holds what is refused."""
     ledger = for_label_job(
-        about.teacher | {"anchor": about.anchor},
-        images=job.images,
+        about.teacher | {"anchor": about.anchor, "calibration": about.calibration},
         images_licence=asked.get("images"),
-        source=source,
+        origins=getattr(source, "origins", [{}]),
     )
     return refuse(ledger, asked.get("refuse", []), what=f"label set {out}")
+
+
+def keep_statement(
+    folder: Path, ledger: list[dict[str, Any]], asked: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The ledger written when the set was begun holds; another ``licence.images`` raises."""
+    meta = read_dataset(folder)
+    if "licences" not in meta:
+        return ledger
+    begun = read_ledger(meta["licences"])
+    first, now = (
+        [line["licence"] or "unknown" for line in lines if line["role"] == "images"]
+        for lines in (begun, ledger)
+    )
+    if asked.get("images") is not None and first != now:
+        raise UsageError(
+            f"licence.images={asked['images']}: {folder / DATASET} says "
+            f"{', '.join(first) or 'nothing'} of the images, as it was stated when the set was "
+            "begun; expected the same. Leave licence.images out to go on under what was stated, "
+            "or choose another out= for the new statement."
+        )
+    return refuse(begun, asked.get("refuse", []), what=f"label set {folder}")
 
 
 def array_task(shard: dict[str, int]) -> tuple[int, int]:

@@ -26,7 +26,8 @@ from teacher.jobs.containers import (
 from teacher.jobs.remote import RemoteFiles
 from teacher.jobs.videos import VideoSource
 from teacher.label import Camera
-from teacher.store import DATASET, LabelSet
+from teacher.shards import DamagedLabelSetError
+from teacher.store import DATASET, LabelSet, read_dataset
 
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES | TABLE_SUFFIXES | {".tar"}
 WHAT = (
@@ -138,6 +139,7 @@ class LabelSetSource:
         self.left_out: Counter[str] = Counter()
         self.labels = LabelSet(path)
         self.labels.verify()
+        self.origins = [self.labels.meta]
 
     def keyed_by_bytes(self, uri: str) -> bool:
         """Never: keys are those of the originals."""
@@ -168,9 +170,14 @@ class LabelSetSource:
 class Bundle:
     """Several sources under their names: ``sub/clip.mp4::t=...``, ``part.tar::a.jpg``."""
 
-    def __init__(self, files: Source, parts: dict[str, Source]) -> None:
-        """``files`` for plain images, ``parts`` by relative path."""
-        self.files, self.parts = files, parts
+    def __init__(
+        self,
+        files: Source,
+        parts: dict[str, Source],
+        origins: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """``files`` for plain images, ``parts`` by relative path; ``origins`` as `origins_of`."""
+        self.files, self.parts, self.origins = files, parts, origins or [{}]
         self.left_out = Counter[str](getattr(files, "left_out", {}))
         self.names = sorted(
             [*files.list(), *(f"{p}::{u}" for p, s in parts.items() for u in s.list())]
@@ -260,7 +267,19 @@ def open_files(
     files, parts = sorted_out(names, lambda name: local(root / name), video)
     plain = FileSource(root, files)
     plain.left_out += left_out or Counter()
-    return Bundle(plain, parts) if parts else plain
+    return Bundle(plain, parts, origins_of(root, names)) if parts else plain
+
+
+def origins_of(root: Path, names: list[str]) -> list[dict[str, Any]]:
+    """``dataset.json`` of the label sets whose tars are among the files; {} for the other files."""
+    above = {(root / n).parent if suffix_of(n) == ".tar" else None for n in names}
+    found: list[dict[str, Any]] = []
+    for folder in sorted(filter(None, above)):
+        try:
+            found.append(read_dataset(folder))
+        except DamagedLabelSetError:  # a tar like any other
+            above.add(None)
+    return [*found, {}] if None in above else found
 
 
 def open_remote(url: str, video: dict[str, Any]) -> Source:
