@@ -160,7 +160,7 @@ def test_a_selection_replaces_nothing_but_a_selection(tmp_path, balls):
         out = tmp_path / f"{verb.__name__}.json"
         assert verb(labels=str(labels), out=str(out))["exit"] == 0
         assert verb(labels=str(labels), out=str(out))["exit"] == 0
-        with pytest.raises(UsageError, match="found something else"):
+        with pytest.raises(UsageError, match="found other content"):
             other(labels=str(labels), out=str(out))
     with pytest.raises(UsageError, match=r"cannot be written .*an out= elsewhere"):
         select(labels=str(labels), out=str(labels / "dataset.json" / "s.json"))

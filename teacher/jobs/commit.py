@@ -189,9 +189,8 @@ def claim_out(path: Path, *, fields: Set[str], what: str, form: str | None = Non
             found = None
         if not isinstance(found, dict) or fields - found.keys() or found.get("format") != form:
             raise UsageError(
-                f"out={path}: found {'something else' if path.is_file() else 'a folder or device'},"
-                f" expected a new file or an earlier {what}, which is replaced. Choose another "
-                "out=, or delete what is there."
+                f"out={path}: found {'other content' if path.is_file() else 'a folder or device'}, "
+                f"expected a new file or an earlier {what}, which is replaced. Choose another out=."
             )
     probe = temporary_beside(path)
     try:
