@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from teacher.errors import UsageError
-from teacher.jobs.commit import replace_atomically
+from teacher.jobs.commit import OWNER, replace_atomically, tidy
 from teacher.jobs.selection import identity
 from teacher.jobs.threads import ahead
 from teacher.label import LabelError, Task
@@ -34,6 +34,10 @@ FORMAT = "dense-report 1"
 PART = 16  # samples per script: about a megabyte
 PAGE = ("style.css", "core.js", "planes.js", "panel.js", "list.js", "app.js", "index.html")
 RESULT = "report.json"
+MARKER = "data/meta.js"  # the first file of a report, and there for as long as it is ours
+OURS = re.compile(
+    "|".join([*map(re.escape, (*PAGE, RESULT)), r"data/((meta|rows|start)|part-\d{5,})\.js"])
+)
 ABOUT_CHARS = 6000  # provenance shown of one sample
 # columns of the index: (ending, unit, which end is bad)
 KINDS = (
@@ -128,13 +132,14 @@ def set_facts(labels: LabelSet, counts: Counter[str]) -> list[list[str]]:
     """Name and text of what the label set says of itself."""
     meta = labels.meta
     teacher = meta.get("teacher", {})
-    sealed = len(sealed_shards(labels.path))
+    sealed = len(sealed_shards(labels.path)) - len(labels.damaged_seals)
     facts = [
         ["folder", str(labels.path)],
         ["plan", meta["plan_hash"]],
         ["tasks", ", ".join(map(str, labels.tasks))],
         ["inputs", f"{sum(counts.values())}: " + ", ".join(f"{n} {s}" for s, n in counts.items())],
         ["shards", f"{sealed} sealed of {meta['shards']}"],
+        ["damaged seals, left out", "\n".join(labels.damaged_seals.values())],
         ["teacher", str(teacher.get("name", "not stated"))],
         ["licences", json.dumps(meta.get("licences", "not stated"), indent=1, ensure_ascii=False)],
         ["teacher, in full", json.dumps(teacher, indent=1, ensure_ascii=False)],
@@ -143,22 +148,30 @@ def set_facts(labels: LabelSet, counts: Counter[str]) -> list[list[str]]:
 
 
 def parse_out(out: str | None, labels: Path) -> Path:
-    """The report's folder: new, empty, or an earlier report, which is made anew."""
+    """The report's folder: new, empty, or an earlier report, which is made anew.
+
+    A report is known by its `MARKER`. Only files that a report has are deleted, never a tree.
+    """
     folder = Path(out) if out else labels / "report"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"out={folder}: found a file, expected a folder for the report.")
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(p.name for p in folder.iterdir())
-    ours = {*PAGE, "data", RESULT}
-    strangers = [n for n in found if n not in ours]
-    if strangers or (found and "data" not in found and "index.html" not in found):
+    data, marker = folder / "data", folder / MARKER
+    paths = [p for p in (*folder.glob("*"), *data.glob("*")) if not OWNER.fullmatch(p.name)]
+    found = {p.relative_to(folder).as_posix(): p for p in paths if p != data or not data.is_dir()}
+    strangers = sorted(n for n, p in found.items() if not (OURS.fullmatch(n) and p.is_file()))
+    begin = script("meta", {"format": FORMAT})
+    head = begin[: begin.rindex(b" ")]  # of any version
+    if strangers or (found and not (MARKER in found and marker.read_bytes().startswith(head))):
         raise UsageError(
-            f"out={folder}: found {(strangers or found)[:3]}, expected a new or empty folder, or "
-            "an earlier report, which is then made anew. Choose another out=."
+            f"out={folder}: found {(strangers or sorted(found))[:3]}, expected a new or empty "
+            f"folder, or an earlier report ({MARKER} tells), which is then made anew. Choose "
+            "another out=."
         )
-    (folder / "index.html").unlink(missing_ok=True)
-    shutil.rmtree(folder / "data", ignore_errors=True)
-    (folder / "data").mkdir()
+    data.mkdir(parents=True, exist_ok=True)
+    replace_atomically(marker, begin)
+    for name in sorted(found.keys() - {MARKER}, key=lambda n: n != "index.html"):
+        found[name].unlink()
+    tidy(folder)
     return folder
 
 
@@ -206,15 +219,16 @@ def inspect(
         threads: decoding threads.
 
     Returns:
-        ``summary``, ``exit`` (1 when samples cannot be read), ``page``, ``labelled``,
-        ``rejected``, ``duplicates``, ``damaged`` (key -> why); the same stands in ``report.json``.
+        ``summary``, ``exit`` (1 when samples or seals cannot be read), ``page``, ``labelled``,
+        ``rejected``, ``duplicates``, ``damaged`` (key -> why), ``damaged_seals`` (their inputs are
+        not in the report); the same stands in ``report.json``.
 
     Raises:
         UsageError: no label set, or an ``out`` with something else in it.
     """
     if side_px < 16 or threads < 1:
         raise UsageError(f"side_px={side_px} threads={threads}: expected at least 16 and 1.")
-    stored = LabelSet(labels)
+    stored = LabelSet(labels, skip_damaged_seals=True)
     counts = Counter(str(row["state"]) for row in stored.rows)
     labelled = [r for r in stored.rows if r["state"] == "labelled"]
     others = [r for r in stored.rows if r["state"] != "labelled"]
@@ -238,7 +252,7 @@ def inspect(
         "format": FORMAT,
         "title": stored.path.resolve().name,
         "labels": identity(stored),
-        "sealed": len(sealed_shards(stored.path)),
+        "sealed": len(sealed_shards(stored.path)) - len(stored.damaged_seals),
         "shards": stored.meta["shards"],
         "facts": set_facts(stored, counts),
         "classes": {str(k): v for k, v in stored.classes.items()},
@@ -249,23 +263,27 @@ def inspect(
         "part": PART,
     }
     page = files("teacher") / "report_page"
-    (folder / "data" / "meta.js").write_bytes(script("meta", meta))
+    replace_atomically(folder / MARKER, script("meta", meta))
     (folder / "data" / "rows.js").write_bytes(page_rows(rows, others, columns))
     (folder / "data" / "start.js").write_bytes(script("start"))
     for name in PAGE:
         replace_atomically(folder / name, (page / name).read_bytes())
     state = {s: counts.get(s, 0) for s in ("labelled", "rejected", "duplicate_of")}
     bad = f", {len(damaged)} cannot be read" if damaged else ""
+    seals = list(stored.damaged_seals.values())
+    if seals:
+        bad += f", {len(seals)} shard(s) left out: {seals[0].rstrip('.')}"
     part = "" if meta["sealed"] == meta["shards"] else ", the set is not complete"
     result = {
         "summary": f"{folder / 'index.html'}: {len(rows)} labelled, {state['rejected']} rejected, "
         f"{state['duplicate_of']} duplicates{bad}{part}; open it in a browser",
-        "exit": 1 if damaged else 0,
+        "exit": 1 if damaged or seals else 0,
         "page": str(folder / "index.html"),
         "labelled": len(rows),
         "rejected": state["rejected"],
         "duplicates": state["duplicate_of"],
         "damaged": damaged,
+        "damaged_seals": seals,
     }
     replace_atomically(folder / RESULT, json.dumps(result, indent=1).encode() + b"\n")
     return result

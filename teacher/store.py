@@ -135,19 +135,45 @@ def read_dataset(folder: Path) -> dict[str, Any]:
 
 
 def problems_of(folder: Path) -> dict[int, str]:
-    """Shard number -> what is wrong with it, by hashing every shard; works on damaged seals."""
+    """Shard number -> what is wrong with it, by hashing every shard; works on damaged seals.
+
+    A shard that the disk cannot read has that problem; the others are judged all the same.
+    """
     meta = read_dataset(folder)
-    numbers = sorted({*range(meta["shards"]), *sealed_shards(folder)})
-    found = {n: shard_problem(folder, n, meta) for n in numbers}
-    return {n: text for n, text in found.items() if text}
+    found: dict[int, str] = {}
+    for number in sorted({*range(meta["shards"]), *sealed_shards(folder)}):
+        try:
+            problem = shard_problem(folder, number, meta)
+        except OSError as error:
+            problem = unread(Path(error.filename or shard_name(number)), error)
+        if problem:
+            found[number] = problem
+    return found
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """One row per input, from the seals, with the shard's number added."""
+def read_rows(folder: Path, damaged: dict[int, str] | None = None) -> list[dict[str, Any]]:
+    """One row per input, from the seals, with the shard's number added.
+
+    With ``damaged``, seals that cannot be read are left out and noted there: number -> why.
+    """
     rows = []
-    for number, seal in sealed_shards(folder).items():
-        rows += [row | {"shard": number} for row in read_seal(seal)["rows"]]
+    for number, path in sealed_shards(folder).items():
+        try:
+            seal = read_seal(path)
+        except (DamagedLabelSetError, OSError) as error:
+            if damaged is None:
+                raise
+            damaged[number] = unread(path, error)
+            continue
+        rows += [row | {"shard": number} for row in seal["rows"]]
     return rows
+
+
+def unread(path: Path, error: Exception) -> str:
+    """Why a file of a label set could not be read, in a sentence that names it."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{path.name}: cannot be read: {error.strerror or error}"
 
 
 def write_index(folder: Path) -> dict[str, int]:
@@ -231,16 +257,21 @@ class LabelSet:
         classes: class id -> name.
         rows: one dict per input (labelled, rejected or duplicate), from the seals.
         keys: keys of the labelled images, in shard order.
+        damaged_seals: shard number -> why its seal was skipped, if that was asked for.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Read the description and the seals; no image is touched yet."""
+    def __init__(self, path: str | os.PathLike[str], *, skip_damaged_seals: bool = False) -> None:
+        """Read the description and the seals; no image is touched yet.
+
+        A damaged seal is a `DamagedLabelSetError`, or skipped where only a look is taken.
+        """
         self.path = Path(path)
         if not self.path.is_dir():
             raise DamagedLabelSetError(f"{self.path}: no such folder; expected a label set.")
         self.meta = read_dataset(self.path)
         self.classes = {int(k): str(v) for k, v in self.meta.get("classes", {}).items()}
-        self.rows = read_rows(self.path)
+        self.damaged_seals: dict[int, str] = {}
+        self.rows = read_rows(self.path, self.damaged_seals if skip_damaged_seals else None)
         self._where = {row["key"]: row for row in self.rows if row["state"] == "labelled"}
         self.keys = list(self._where)
 

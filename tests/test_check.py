@@ -1,8 +1,10 @@
 """distill check: drift by hand, planted drift of a real rerun, and salvage that never lies."""
 
+import errno
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +18,16 @@ from teacher.jobs.check import (
     depth_drift,
     differences,
     instances_drift,
+    missed,
     normals_drift,
     pick,
     semantic_drift,
 )
 from teacher.jobs.run import label
 from teacher.label import Answer, Task
-from teacher.shard_writer import check_png
+from teacher.shard_writer import ShardWriter, check_png
 from teacher.shards import encode_members, read_seal
-from teacher.store import DamagedLabelSetError, LabelSet, problems_of
+from teacher.store import DamagedLabelSetError, LabelSet, open_folder, problems_of
 
 BUDGETS = {"depth": {"rel_mean": 0.01}, "normals": {"mean_deg": 1.0}, "semantic": {"flips": 0.01}}
 
@@ -174,6 +177,120 @@ def test_a_teacher_that_no_longer_answers_is_named(balls, tmp_path):
     assert "4 no longer answered" in result["summary"]
 
 
+def test_null_takes_a_budget_away(balls, tmp_path):
+    budgets = {"depth": {"rel_mean": None, "rel_p95": 0.1}, "normals": None}
+    result = run(balls, tmp_path, teacher={"factor": 1.03}, budgets=budgets)
+    assert (result["exit"], result["missed"]) == (0, [])
+
+
+def test_a_budget_without_a_value_is_missed_unless_its_task_was_not_asked(balls, tmp_path):
+    drift = {"depth": {"images": 1, "validity": 1.0, "rel_p95": math.nan}}
+    budgets = {"depth": {"rel_mean": 0.1, "rel_p95": 0.1}, "normals": {"mean_deg": 1.0}}
+    found = ["depth.rel_mean could not be measured", "depth.rel_p95 nan > 0.1"]
+    assert missed(drift, budgets) == found
+    about = {"tasks": ["depth", "normals", "semantic"], "inputs": 1, "shards": 1, "plan_hash": "x"}
+    folder = open_folder(tmp_path / "none", about)
+    with ShardWriter(folder, 0, plan_hash="x") as writer:
+        writer.reject("k", uri="a.jpg", reason="HTML")
+        writer.commit({})
+    teacher = {"name": "test_check:Drifting", "labels": str(balls)}
+    result = check(labels=str(folder), teacher=teacher, budgets=BUDGETS)
+    assert (result["exit"], result["images"]) == (1, 0)
+    assert "within every budget" not in result["summary"]
+    assert "depth.rel_mean could not be measured" in result["summary"]
+
+
+def test_of_a_damaged_set_the_whole_shards_are_asked_again(balls, tmp_path):
+    folder = damaged_copy(balls, tmp_path / "set")
+    flip(folder, 0, 600)
+    (folder / "shard-000001.json").write_bytes(b"{")
+    teacher = {"name": "test_check:Drifting", "labels": str(balls), "factor": 1.03}
+    result = check(labels=str(folder), teacher=teacher, n=9, budgets=BUDGETS)
+    assert (result["exit"], result["images"]) == (1, 2)
+    assert result["left_out"] == ["shard-000000", "shard-000001"]
+    assert result["drift"]["depth"]["rel_mean"] == pytest.approx(0.03, abs=2e-4)
+    assert "2 images of the shards without a problem asked again" in result["summary"]
+
+
+class Focal:
+    """Depth that goes with the focal length: a given one, or the one it estimates, with noise."""
+
+    tasks = (Task.DEPTH,)
+    estimate_px = 77.0
+
+    def describe(self):
+        return {"name": "focal"}
+
+    def answer(self, queries, tasks):
+        def one(query):
+            known = query.camera.source != "assumed"
+            focal_px = query.camera.fx if known else self.estimate_px
+            depth_m = np.full(query.image.shape[:2], focal_px / 20, np.float32)
+            about = {"focal_px": focal_px, "focal_source": "camera" if known else "model"}
+            return Answer(task=Task.DEPTH, space="metric", values=depth_m, extras=about)
+
+        return [{Task.DEPTH: one(query)} for query in queries]
+
+
+def label_photos(tmp_path, teacher, **changes):
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        Image.fromarray(make_label(i).image).save(tmp_path / "photos" / f"{i}.png")
+    options = {"tasks": ["depth"], "max_side": 40, "shard_size": 2, "batch_size": 2, "threads": 1}
+    options |= {"images": str(tmp_path / "photos"), "out": str(tmp_path / "set")}
+    label(teacher=teacher, keep_pictures=False, **options | changes)
+    return str(tmp_path / "set")
+
+
+def test_a_focal_length_that_the_model_estimated_is_asked_for_again(tmp_path, monkeypatch):
+    teacher = {"name": "test_check:Focal"}
+    folder = label_photos(tmp_path, teacher)
+    assert {LabelSet(folder).camera(k).source for k in LabelSet(folder).keys} == {"estimated"}
+    budgets = {"depth": {"identical": 1.0}}
+    assert check(labels=folder, teacher=teacher, budgets=budgets)["exit"] == 0
+    monkeypatch.setattr(Focal, "estimate_px", 88.0)
+    result = check(labels=folder, teacher=teacher, budgets={"depth": {"rel_mean": 0.1}})
+    assert result["drift"]["depth"]["rel_mean"] == pytest.approx(1 / 7, rel=1e-3)
+    assert result["exit"] == 1
+
+
+class Affine(Painter):
+    """The painter without metres."""
+
+    tasks = (Task.DEPTH,)
+
+    def answer(self, queries, tasks):
+        answers = super().answer(queries, tasks)
+        for found in answers:
+            found.pop(Task.NORMALS)
+            found[Task.DEPTH].space = "affine depth"
+        return answers
+
+
+def test_another_anchor_than_the_label_jobs_is_named(tmp_path):
+    anchor, teacher = {"name": "range", "near_m": 1, "far_m": 9}, {"name": "test_check:Affine"}
+    folder = label_photos(tmp_path, teacher, anchor=anchor)
+    assert check(labels=folder, teacher=teacher, anchor=anchor)["teacher_changed"] == []
+    result = check(labels=folder, teacher=teacher, anchor=anchor | {"far_m": 12})
+    assert result["teacher_changed"] == ["anchor.far_m: was 9.0, now 12.0"]
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_hashed(
+    balls, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("teacher.jobs.check.problems_of", lambda _: 1 / 0)
+    folder, touch = damaged_copy(balls, tmp_path / "set"), Path.touch
+
+    def read_only(path, *args, **kwargs):
+        if path.parent == folder:
+            raise OSError(errno.EROFS, "Read-only file system")
+        touch(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    with pytest.raises(UsageError, match=r"check\.json: cannot be written \(Read-only .*out="):
+        check(labels=str(folder))
+
+
 def test_what_the_teacher_says_of_itself_is_compared():
     then = {"weights": {"sha": "a"}, "steps": 4}
     now = {"weights": {"sha": "b"}, "steps": 4, "torch": "3"}
@@ -187,6 +304,10 @@ def test_what_the_teacher_says_of_itself_is_compared():
         ({"budgets": {"flow": {}}}, r"budgets\.flow: no such task"),
         ({"tasks": ["flow"]}, r"tasks=\['flow'\]: the set has"),
         ({"n": 0}, "n=0"),
+        ({"budgets": {"depth": 0.01}}, r"budgets\.depth=0\.01: expected a table"),
+        ({"budgets": {"depth": {"rel_mean": "abc"}}}, r"rel_mean=abc: expected a number, or null"),
+        ({"budgets": {"depth": {"rel_mean": True}}}, "rel_mean=True: expected a number"),
+        ({"budgets": {"depth": {"rel_mean": math.nan}}}, "rel_mean=nan: expected a number"),
     ],
 )
 def test_bad_use(balls, tmp_path, change, message):
@@ -299,6 +420,58 @@ def test_a_damaged_seal_or_a_missing_shard_loses_that_shard_only(tmp_path, balls
     assert LabelSet(tmp_path / "less").verify() == 2
     with pytest.raises(DamagedLabelSetError, match="not a whole seal"):
         LabelSet(folder)
+
+
+def bad_sector(monkeypatch, at, span=512):
+    """Every read of a tar that touches the bytes from ``at`` on fails as a bad sector does."""
+    real = Path.open
+
+    class Disk:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def _try(self, size):
+            start = self.file.tell()
+            if start < at + span and (size < 0 or start + size > at):
+                raise OSError(errno.EIO, "Input/output error")
+
+        def read(self, size=-1):
+            self._try(size)
+            return self.file.read(size)
+
+        def readinto(self, buffer):
+            self._try(len(buffer))
+            return self.file.readinto(buffer)
+
+    def opened(path, *args, **kwargs):
+        file = real(path, *args, **kwargs)
+        return Disk(file) if path.name == "shard-000001.tar" else file
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+def test_a_bad_sector_is_a_problem_of_its_shard_and_costs_one_image(tmp_path, balls, monkeypatch):
+    folder = damaged_copy(balls, tmp_path / "set")
+    key, at, _ = member_place(folder, 1, 2, "depth.png")
+    flip(folder, 0, 600)
+    bad_sector(monkeypatch, at)
+    problems = problems_of(folder)
+    assert list(problems) == [0, 1]
+    assert problems[1] == "shard-000001: cannot be read: Input/output error"
+    with pytest.raises(DamagedLabelSetError, match=r"2 problem\(s\)"):
+        LabelSet(folder).verify()
+    salvaged = salvage(folder, tmp_path / "saved")["salvaged"]
+    assert list(salvaged["lost"])[-1] == key and "Input/output" in salvaged["lost"][key]
+    assert salvaged["images"] == 10 - len(salvaged["lost"]) >= 8
 
 
 def test_nothing_to_salvage_and_nowhere_to_put_it(tmp_path, balls):

@@ -1,5 +1,6 @@
 """Damaged shards, full disks, lost ledgers, changed inputs and plans, hostile images and tars."""
 
+import errno
 import io
 import json
 import os
@@ -18,10 +19,12 @@ from image_cases import P3_XYZ, WHOLE, encoded, orientation_tag, png, profile, t
 from PIL import Image
 from test_faults import jobs, photos, place, reference  # noqa: F401 - fixtures
 
-from teacher.errors import UsageError
+from teacher import shards
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.images import decode
 from teacher.jobs.commit import Lease
 from teacher.jobs.containers import TarSource
+from teacher.jobs.redo import set_aside_damaged
 from teacher.jobs.run import label
 from teacher.store import LabelSet, problems_of, read_rows
 
@@ -82,6 +85,30 @@ def test_only_a_damaged_shard_is_labelled_again(jobs, photos, reference, whole_s
     redo_trials(jobs, photos, whole_set, reference, 6)
     (whole_set / "shard-000001.tar").unlink()
     redo(jobs, photos, whole_set, 1, reference)
+
+
+def test_a_shard_on_a_bad_sector_is_labelled_again(whole_set, monkeypatch):
+    monkeypatch.setattr("teacher.jobs.commit.time.sleep", lambda _: None)
+    meta = json.loads((whole_set / "dataset.json").read_text())
+    real, number = shards.hash_file, errno.ESTALE
+
+    def hashed(path):
+        if path.name == "shard-000001.tar":
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    monkeypatch.setattr(shards, "hash_file", hashed)
+    with pytest.raises(EnvironmentFailure, match=r"Stale file handle .*five times"):
+        set_aside_damaged(whole_set, range(3), meta, threads=1)  # may pass: nothing is deleted
+    number = errno.EIO
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O")))
+        with pytest.raises(EnvironmentFailure, match=r"moved away .*salvage=NEW.*another out="):
+            set_aside_damaged(whole_set, range(3), meta, threads=1)
+    assert len(stamps(whole_set)) == 6
+    found = set_aside_damaged(whole_set, range(3), meta, threads=1)
+    assert found == {1: "shard-000001: cannot be read: Input/output error"}
+    assert len(stamps(whole_set)) == 4
 
 
 @pytest.mark.slow

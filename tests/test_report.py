@@ -16,7 +16,7 @@ from teacher.label import Task
 from teacher.report import inspect, numeric_columns, worst_first
 from teacher.report_planes import WIDE_LEVELS, nearest, planes, scalar, small_size
 from teacher.shard_writer import ShardWriter
-from teacher.store import LabelSet
+from teacher.store import DamagedLabelSetError, LabelSet
 
 
 def values_of(path):
@@ -190,6 +190,49 @@ def test_out_is_new_or_an_earlier_report(tmp_path, balls):
         inspect(labels=str(balls), side_px=4)
     with pytest.raises(UsageError, match="found a file"):
         inspect(labels=str(balls), out=str(tmp_path / "thesis.tex"))
+
+
+@pytest.mark.parametrize("files", [["data/photo.jpg"], ["data/rows.js", "index.html", "style.css"]])
+def test_a_folder_that_only_looks_like_a_report_is_left_alone(tmp_path, balls, files):
+    page = tmp_path / "page"
+    (page / "data").mkdir(parents=True)
+    for name in files:
+        (page / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"found \['data/.*data/meta\.js tells"):
+        inspect(labels=str(balls), out=str(page), side_px=32)
+    assert all((page / name).read_text() == "mine" for name in files)
+
+
+def test_a_stranger_among_the_data_of_a_report_stays_and_a_broken_off_report_is_made_anew(
+    tmp_path, balls, monkeypatch
+):
+    page = tmp_path / "page"
+    with monkeypatch.context() as patch:
+        patch.setattr("teacher.report.page_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            inspect(labels=str(balls), out=str(page), side_px=32)
+    inspect(labels=str(balls), out=str(page), side_px=32)
+    (page / "data" / "album").mkdir()
+    (page / "data" / "album" / "photo.jpg").write_text("mine")
+    with pytest.raises(UsageError, match="data/album"):
+        inspect(labels=str(balls), out=str(page), side_px=32)
+    assert (page / "data" / "album" / "photo.jpg").read_text() == "mine"
+
+
+def test_a_damaged_seal_is_named_and_the_rest_of_the_set_is_shown(tmp_path, balls):
+    folder = tmp_path / "set"
+    shutil.copytree(balls, folder)
+    seal = folder / "shard-000001.json"
+    seal.write_bytes(seal.read_bytes()[:-30])
+    result = inspect(labels=str(folder), side_px=32)
+    assert (result["labelled"], result["exit"]) == (6, 1)
+    assert "shard-000001.json: not a whole seal" in result["damaged_seals"][0]
+    assert "1 shard(s) left out" in result["summary"] and "not complete" in result["summary"]
+    (meta,) = values_of(folder / "report" / "data" / "meta.js")
+    assert dict(meta["facts"])["damaged seals, left out"] == result["damaged_seals"][0]
+    assert (meta["sealed"], meta["shards"]) == (2, 3)
+    with pytest.raises(DamagedLabelSetError, match="not a whole seal"):
+        LabelSet(folder)
 
 
 def test_the_bound_in_the_docstring_is_the_closed_form():

@@ -227,6 +227,21 @@ def test_marks_by_keyboard_download_as_a_selection_that_training_takes(page, sho
     assert page.execute_script("return report.tally()") == {"keep": 1, "drop": 2}
 
 
+def test_a_key_clears_no_mark_that_is_not_in_sight(page):
+    press(page, "k")
+    page.execute_script("report.list.moveTo(0)")
+    page.execute_script("document.querySelector('[data-tab=rejected]').click()")
+    press(page, "u")
+    assert page.execute_script("return report.tally()") == {"keep": 1, "drop": 0}
+    page.execute_script("document.querySelector('[data-tab=labelled]').click()")
+    page.execute_script("report.state.search = 'no such name'; report.update()")
+    press(page, "u")
+    assert "undefined" not in page.execute_script("return Object.keys(report.state.marks)")
+    page.execute_script("report.state.search = ''; report.update(); report.list.moveTo(0)")
+    press(page, "u")
+    assert page.execute_script("return report.tally()") == {"keep": 0, "drop": 0}
+
+
 def test_the_large_view_walks_and_closes(page):
     order = keys_shown(page)
     press(page, "\ue007")  # Enter

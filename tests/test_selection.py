@@ -146,6 +146,26 @@ def test_bad_criteria_are_explained(tmp_path, balls, change, message):
         select(labels=str(balls), out=str(tmp_path / "s.json"), **change)
 
 
+def test_a_selection_replaces_nothing_but_a_selection(tmp_path, balls):
+    from teacher.jobs.check import check
+
+    labels = write_balls(tmp_path / "set", 4)
+    before = {p.name: p.read_bytes() for p in labels.iterdir()}
+    for name in ("dataset.json", "shard-000000.json", "shard-000000.tar", "."):
+        for verb in (select, check):
+            with pytest.raises(UsageError, match=r"out=.*found .*a new file or an earlier"):
+                verb(labels=str(labels), out=str(labels / name))
+    assert {p.name: p.read_bytes() for p in labels.iterdir()} == before
+    for verb, other in ((select, check), (check, select)):
+        out = tmp_path / f"{verb.__name__}.json"
+        assert verb(labels=str(labels), out=str(out))["exit"] == 0
+        assert verb(labels=str(labels), out=str(out))["exit"] == 0
+        with pytest.raises(UsageError, match="found other content"):
+            other(labels=str(labels), out=str(out))
+    with pytest.raises(UsageError, match=r"cannot be written .*an out= elsewhere"):
+        select(labels=str(labels), out=str(labels / "dataset.json" / "s.json"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from teacher.anchors import Anchor, check_anchor, load_anchor
 from teacher.codecs.planes import decode_plane, encode_plane
 from teacher.errors import UsageError
 from teacher.generators import Query, Teacher, load_teacher
-from teacher.jobs.commit import replace_atomically
+from teacher.jobs.commit import claim_out, replace_atomically
 from teacher.jobs.plan import Entry
 from teacher.jobs.salvage import salvage_into
-from teacher.jobs.samples import Prepared, answer_split, to_label
+from teacher.jobs.samples import Prepared, answer_split, asked_camera, to_label
 from teacher.label import Label, LabelError, Task, unknown_class
+from teacher.shards import shard_name
 from teacher.store import DamagedLabelSetError, LabelSet, problems_of
 
 RESULT = "check.json"
@@ -118,7 +120,8 @@ def ask_again(
     pairs: list[tuple[Label, Label | str]] = []
     for key in tqdm(keys, desc="check", unit="img", mininterval=1):
         stored = labels[key]
-        query = Query(key=key, image=stored.image, camera=stored.camera, uri=uris[key])
+        camera = asked_camera(stored)
+        query = Query(key=key, image=stored.image, camera=camera, uri=uris[key])
         item = Prepared(entry=Entry(uri=uris[key], key=key), query=query, encoded=stored.encoded)
         (answers,) = answer_split(teacher, [query], tasks)
         scale = None
@@ -160,32 +163,48 @@ def measure(pairs: Sequence[tuple[Label, Label | str]], tasks: Sequence[Task]) -
 
 
 def missed(drift: Mapping[str, Any], budgets: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """One sentence for each budget that was missed; ``delta1`` is a floor, the others ceilings."""
+    """One sentence for each budget of a task in ``drift`` that was missed, or not measured at all.
+
+    ``delta1`` and ``identical`` are floors, the others ceilings.
+    """
     found = []
-    for task, limits in budgets.items():
-        for name, limit in limits.items():
-            value = drift.get(task, {}).get(name)
+    for task in [t for t in budgets if t in drift]:
+        for name, limit in budgets[task].items():
+            value = drift[task].get(name)
             floor = name in ("delta1", "identical")
-            if value is not None and (value < limit if floor else value > limit):
-                sign = "<" if floor else ">"
-                found.append(f"{task}.{name} {value:.4g} {sign} {limit:g}")
+            if value is None:
+                found.append(f"{task}.{name} could not be measured")
+            elif not (value >= limit if floor else value <= limit):
+                found.append(f"{task}.{name} {value:.4g} {'<' if floor else '>'} {limit:g}")
     return found
 
 
-def _check_budgets(budgets: Mapping[str, Mapping[str, float]]) -> None:
+def parse_budgets(budgets: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
+    """Task -> measure -> limit, checked; null takes a budget, or a task's budgets, away."""
+    found: dict[str, dict[str, float]] = {}
     known = {
         "depth": {"rel_mean", "rel_p95", "delta1", "validity", "identical"},
         "normals": {"mean_deg", "p95_deg", "validity", "identical"},
         "semantic": {"flips", "identical"},
         "instances": {"flips", "identical"},
     }
-    for task, limits in budgets.items():
-        strange = sorted(set(limits) - known.get(task, set()))
+    for task, limits in (budgets or {}).items():
+        if not isinstance(limits, Mapping | None):
+            raise UsageError(
+                f"budgets.{task}={limits}: expected a table, as in budgets.{task}.MEASURE=0.01, or "
+                "null."
+            )
+        strange = sorted(set(limits or {}) - known.get(task, set()))
         if task not in known or strange:
             raise UsageError(
                 f"budgets.{task}: {strange or 'no such task'}; there are "
                 f"{ {t: sorted(n) for t, n in known.items()} }."
             )
+        found[task] = {name: v for name, v in (limits or {}).items() if v is not None}
+        for name, v in found[task].items():
+            if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
+                raise UsageError(f"budgets.{task}.{name}={v}: expected a number, or null for none.")
+    return found
 
 
 def differences(now: Any, then: Any, path: str = "") -> list[str]:
@@ -219,15 +238,17 @@ def check(
         n: images asked again.
         seed: of the choice of images.
         tasks: what to ask for; None: what the set has and the teacher answers.
-        budgets: task -> measure -> limit (`depth_drift` and the like); means over images.
+        budgets: task -> measure -> limit (`depth_drift` and the like); means over images. A limit
+            of a task that was asked and gave no such measure is missed; None: no limit.
         salvage: a new folder for what is whole of a damaged set.
-        out: the JSON report; None: ``LABELS/check.json``.
+        out: the JSON report, new or an earlier one; None: ``LABELS/check.json``.
         anchor: what makes an affine teacher metric, as in the label job (`teacher.anchors`).
         align: ``method`` and ``max_residual``, as in the label job.
 
     Returns:
         ``summary``, ``exit`` (1: damaged, incomplete, or a budget missed), ``problems``,
-        ``drift``, ``missed``, ``unanswered`` (key -> why), ``teacher_changed``, ``salvaged``.
+        ``drift``, ``missed``, ``unanswered`` (key -> why), ``teacher_changed`` (anchor included),
+        ``left_out`` (shards with a problem, of which nothing was asked), ``salvaged``.
 
     Raises:
         UsageError: no label set, a wrong budget or task, nothing to salvage.
@@ -235,27 +256,28 @@ def check(
     folder = Path(labels)
     if n < 1:
         raise UsageError(f"n={n}: expected at least 1.")
-    _check_budgets(budgets or {})
+    limits = parse_budgets(budgets)
     if not folder.is_dir():
         raise DamagedLabelSetError(f"{folder}: no such folder; expected a label set.")
+    path = Path(out) if out else folder / RESULT
+    claim_out(path, fields={"labels", "problems", "summary", "exit"}, what="report of a check")
     problems = problems_of(folder)
     result: dict[str, Any] = {"labels": labels, "problems": list(problems.values())}
     if salvage is not None:
         result["salvaged"] = salvage_into(folder, salvage, problems)
-    if teacher is not None and not problems:
+    if teacher is not None:
         result |= _rerun(
-            LabelSet(folder),
+            LabelSet(folder, skip_damaged_seals=True),
             teacher,
             load_anchor(anchor, align),
             n=n,
             seed=seed,
             tasks=tasks,
-            budgets=budgets or {},
+            budgets=limits,
+            damaged=problems,
         )
     bad = bool(problems) or bool(result.get("missed")) or bool(result.get("unanswered"))
     result |= {"summary": _summary(labels, result), "exit": 1 if bad else 0}
-    path = Path(out) if out else folder / RESULT
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, json.dumps(result, indent=1).encode() + b"\n")
     return result
 
@@ -269,6 +291,7 @@ def _rerun(
     seed: int,
     tasks: list[str] | None,
     budgets: Mapping[str, Mapping[str, float]],
+    damaged: Mapping[int, str],
 ) -> dict[str, Any]:
     oracle = load_teacher(**teacher)
     able = [t for t in labels.tasks if t in oracle.tasks]
@@ -279,14 +302,21 @@ def _rerun(
             f"{[str(t) for t in oracle.tasks]}; ask for what both have."
         )
     check_anchor(oracle, None if anchor is None else anchor.name, wanted)
-    pairs = ask_again(oracle, labels, pick(labels.keys, n, seed=seed), wanted, anchor=anchor)
+    whole = [r for r in labels.rows if r["state"] == "labelled" and r["shard"] not in damaged]
+    keys = pick([row["key"] for row in whole], n, seed=seed)
+    pairs = ask_again(oracle, labels, keys, wanted, anchor=anchor)
+    changed = differences(oracle.describe(), labels.meta.get("teacher", {}))
+    if Task.DEPTH in wanted:
+        now = None if anchor is None else anchor.describe()
+        changed += differences(now, labels.meta.get("anchor"), "anchor")
     drift = measure(pairs, wanted)
     return {
         "images": len(pairs),
         "drift": drift,
         "missed": missed(drift, budgets),
         "unanswered": {then.key: now for then, now in pairs if isinstance(now, str)},
-        "teacher_changed": differences(oracle.describe(), labels.meta.get("teacher", {})),
+        "teacher_changed": changed,
+        "left_out": [shard_name(n) for n in sorted(damaged)],
     }
 
 
@@ -299,12 +329,15 @@ def _summary(labels: str, result: Mapping[str, Any]) -> str:
             for task, d in result["drift"].items()
             if d["images"]
         ]
-        parts.append(f"{result['images']} images asked again: {', '.join(same) or 'no answer'}")
+        where = " of the shards without a problem" if result["left_out"] else ""
+        parts.append(
+            f"{result['images']} images{where} asked again: {', '.join(same) or 'no answer'}"
+        )
         if result["unanswered"]:
             parts.append(f"{len(result['unanswered'])} no longer answered")
         if result["missed"]:
-            parts.append(f"drift past its budget: {', '.join(result['missed'])}")
-        elif not result["unanswered"]:
+            parts.append(f"budgets missed: {', '.join(result['missed'])}")
+        elif result["images"] and not result["unanswered"]:
             parts.append("within every budget")
         if result["teacher_changed"]:
             parts.append(f"the teacher changed ({result['teacher_changed'][0]})")

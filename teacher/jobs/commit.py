@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import TypeVar
 
-from teacher.errors import EnvironmentFailure
+from teacher.errors import EnvironmentFailure, UsageError
 
 R = TypeVar("R")
 TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
@@ -173,6 +174,33 @@ def replace_atomically(path: Path, data: bytes) -> None:
         name_synced(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def claim_out(path: Path, *, fields: Set[str], what: str, form: str | None = None) -> None:
+    """Refuse an ``out=`` that cannot be written, or that holds anything but an earlier ``what``.
+
+    An earlier one is a JSON table with ``fields`` (and ``format`` ``form``); it may be replaced.
+    """
+    if path.exists():
+        try:
+            with path.open("rb") as file:
+                found = json.loads(b"{" + file.read()) if file.read(1) == b"{" else None
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or fields - found.keys() or found.get("format") != form:
+            raise UsageError(
+                f"out={path}: found {'other content' if path.is_file() else 'a folder or device'}, "
+                f"expected a new file or an earlier {what}, which is replaced. Choose another out=."
+            )
+    probe = temporary_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"out={path}: cannot be written ({error.strerror}). Choose an out= elsewhere."
+        ) from error
 
 
 def name_synced(temporary: Path, path: Path) -> None:

@@ -43,11 +43,15 @@ def survivors(tar_path: Path, seal: dict[str, Any]) -> tuple[dict[str, list], di
     rows = [row for row in seal["rows"] if row["state"] == "labelled"]
     if not tar_path.is_file():
         return {}, {row["key"]: "the shard is missing" for row in rows}
-    with tar_path.open("rb") as file:
+    try:
+        file = tar_path.open("rb", buffering=0)  # reads not a byte ahead, into a bad sector
+    except OSError as error:
+        return {}, {row["key"]: f"cannot be read: {error.strerror}" for row in rows}
+    with file:
         for row in rows:
-            file.seek(row["offset"])
-            block = file.read(row["size"])
             try:
+                file.seek(row["offset"])
+                block = file.read(row["size"])
                 if len(block) != row["size"]:
                     raise ValueError("the shard is cut off before its end")
                 whole[row["key"]] = prove(row["key"], block)
@@ -56,8 +60,11 @@ def survivors(tar_path: Path, seal: dict[str, Any]) -> tuple[dict[str, list], di
                 whole.pop(row["key"], None)
                 lost[row["key"]] = str(error) or type(error).__name__
         end = max((row["offset"] + row["size"] for row in rows), default=0)
-        file.seek(end)
-        tail = file.read()
+        try:
+            file.seek(end)
+            tail = file.read()
+        except OSError:
+            tail = b"unread"
     located = bool(lost) or any(tail) or tar_path.stat().st_size != seal["bytes"]
     if not located:
         reason = "the shard is damaged in a place that no checksum of a sample covers"

@@ -156,6 +156,19 @@ def estimated(camera: Camera, answer: Answer) -> Camera:
     return dataclasses.replace(camera, fx=focal_px, fy=focal_px, source="estimated")
 
 
+def asked_camera(label: Label) -> Camera:
+    """The camera that a label job asked with: where a model estimated one, it had been assumed.
+
+    (To the rounding of the shorter side, where the image was shrunk.)
+    """
+    camera, about = label.camera, label.provenance
+    extras = [*about.values(), about.get("alignment", {}).get("anchor_extras")]
+    by_model = any(isinstance(x, dict) and x.get("focal_source") == "model" for x in extras)
+    if camera.source != "estimated" or not by_model:
+        return camera
+    return Camera.assumed(camera.width, camera.height)
+
+
 def answer_split(teacher: Teacher, queries: Sequence[Query], tasks: Sequence[Task]) -> list:
     """The teacher's answers; a batch too large for the device is halved, answers stay the same.
 

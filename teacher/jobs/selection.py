@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from teacher.errors import UsageError
-from teacher.jobs.commit import replace_atomically
+from teacher.jobs.commit import claim_out, replace_atomically
 from teacher.store import LabelSet
 
 FORMAT, VERSION = "dense-selection", 1
@@ -262,7 +262,7 @@ def select(
 
     Args:
         labels: the label set; it is not changed.
-        out: the selection file; None: ``LABELS/selection.json``.
+        out: the selection file, new or an earlier one; None: ``LABELS/selection.json``.
         at_least: column of the index -> smallest number that is kept (coverage, confidence).
         at_most: column -> largest number that is kept (uncertainty, residuals, sky share).
         drop_worst: column -> share of the labelled images, highest numbers first, to drop.
@@ -282,6 +282,8 @@ def select(
         raise UsageError(f"near_duplicate_bits={near_duplicate_bits}: expected 0 to 16, or null.")
     if threads < 1:
         raise UsageError(f"threads={threads}: expected at least 1.")
+    path = Path(out) if out else stored.path / "selection.json"
+    claim_out(path, fields={"keep", "labels"}, what="selection file", form=FORMAT)
     reasons = judge(rows, **limits)
     counts: dict[str, int] = {}
     for name in (text.split(" ")[0] for texts in reasons.values() for text in texts):
@@ -295,7 +297,6 @@ def select(
         reasons |= {key: [f"near-duplicate of {twin}"] for key, twin in twins.items()}
         counts["near-duplicate"] = len(twins)
     keep = [key for key in stored.keys if key not in reasons]
-    path = Path(out) if out else stored.path / "selection.json"
     criteria = limits | {"near_duplicate_bits": near_duplicate_bits}
     write_selection(path, labels=stored, keep=keep, dropped=reasons, criteria=criteria)
     why = ", ".join(f"{n} {name}" for name, n in counts.items()) or "no criterion was missed"

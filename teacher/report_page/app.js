@@ -131,8 +131,8 @@
   }
 
   function markHere(name, advance) {
-    if (state.tab !== "labelled" || !state.view.length) return;
     const index = state.view[state.cursor];
+    if (state.tab !== "labelled" || index === undefined) return;
     report.mark([index], ["none", "keep", "drop"][state.marks[index]] === name ? "none" : name);
     if (advance) step(1);
     else if ($("detail").open) detail();
@@ -196,7 +196,7 @@
       ArrowDown: () => step(1), j: () => step(1), ArrowUp: () => step(-1),
       ArrowRight: () => open && step(1), ArrowLeft: () => open && step(-1),
       Enter: () => here && (open ? $("detail").close() : detail()), " ": () => here && (open ? $("detail").close() : detail()),
-      x: () => markHere("drop", true), k: () => markHere("keep", true), u: () => { report.mark([state.view[state.cursor]], "none"); },
+      x: () => markHere("drop", true), k: () => markHere("keep", true), u: () => markHere("none", false),
       z: () => report.undo(), "/": () => $("search").focus(), r: () => report.sortBy(state.sort, !state.down),
       t: toggleTheme, s: save, "?": help, Home: () => report.list.moveTo(0), End: () => report.list.moveTo(Infinity),
       PageDown: () => step(5), PageUp: () => step(-5),
