@@ -41,29 +41,34 @@ def query_of(label: Label) -> Query:
 
 
 def judge_depth(rows: list[tuple[Label, Any]]) -> dict[str, Any]:
-    """All valid pixels within the bounds, then the kept share with the least residual."""
+    """All valid pixels within the bounds, then the kept share with the least of each doubt."""
     per_image = [metrics.depth_metrics(clipped(a.values), t, **BOUNDS) for t, a in rows]
     edges = [metrics.boundary_f1(clipped(a.values), t) for t, a in rows]
-    limit = np.quantile(np.concatenate([a.residual.ravel() for _, a in rows]), KEPT)
-    kept = []
-    doubts: dict[str, list[np.ndarray]] = {"residual": [], "spread": []}
+    maps = {"residual": [a.residual for _, a in rows]}
+    if rows[0][1].uncertainty is not None:
+        maps["spread"] = [np.nan_to_num(a.uncertainty, nan=9.0) for _, a in rows]
+    kept = {}
+    for name, found in maps.items():
+        limit = np.quantile(np.concatenate([d.ravel() for d in found]), KEPT)
+        scores = [
+            metrics.depth_metrics(clipped(a.values), np.where(d <= limit, t, np.nan), **BOUNDS)
+            for (t, a), d in zip(rows, found, strict=True)
+        ]
+        kept[name] = {k: mean(scores, k) for k in ("delta1", "abs_rel")} | {"limit": float(limit)}
+    doubts: dict[str, list[np.ndarray]] = {name: [] for name in maps}
     wrong = []
-    for truth, answer in rows:
-        masked = np.where(answer.residual <= limit, truth, np.nan)
-        kept.append(metrics.depth_metrics(clipped(answer.values), masked, **BOUNDS))
+    for at, (truth, answer) in enumerate(rows):
         _, ratio = metrics.depth_error_maps(clipped(answer.values), truth, **BOUNDS)
         known = np.isfinite(ratio)
         wrong.append(ratio[known] >= 1.25)
-        doubts["residual"].append(answer.residual[known])
-        if answer.uncertainty is not None:
-            doubts["spread"].append(np.nan_to_num(answer.uncertainty[known], nan=9.0))
+        for name, found in maps.items():
+            doubts[name].append(found[at][known])
     errors = np.concatenate(wrong)
     return {
         "delta1": mean(per_image, "delta1"),
         "abs_rel": mean(per_image, "abs_rel"),
         "boundary_f1": float(np.nanmean(edges)),
-        "kept": {"residual_limit": float(limit), "delta1": mean(kept, "delta1"),
-                 "abs_rel": mean(kept, "abs_rel")},
+        "kept": kept,
         "error_auroc": {
             k: metrics.auroc(np.concatenate(v), errors) for k, v in doubts.items() if v
         },
@@ -179,7 +184,7 @@ def sweep(labels: list[Label], weights: str | None) -> list[dict[str, float]]:
     for steps, seeds in itertools.product((1, 2, 4, 8), (1, 3, 8)):
         if steps * seeds > 16:
             continue
-        teacher = MiniTeacher(weights=weights, steps=steps, seeds=seeds)
+        teacher = MiniTeacher(weights=weights, steps=steps, seeds=seeds, mirror=False, crops=0)
         began = time.perf_counter()
         answers = [teacher.answer([query_of(x)], [Task.DEPTH])[0][Task.DEPTH] for x in labels]
         seconds = (time.perf_counter() - began) / len(labels)
