@@ -1,12 +1,12 @@
 """Many answers to one question -> one answer and its spread, never a blend of two readings.
 
 A robust centre comes first: the lower median of depths, the direction closest to all others. The
-answer is the mean of the members that read the same, those near the centre; a member that reads
-something else (another scale, the other side of an edge) has no part in it. Nothing here sees an
-encoded colour. Spreads: ``raw`` says how much members disagree, scale included; ``aligned`` what is
-left once every member's global scale is taken out (structure). A window of the image has half a
-vote where it sees: shown larger, an image is answered a little worse, with finer borders
-(docs/results.md).
+answer is the mean of the members that read the same, weighted by their nearness to the centre
+(Tukey's biweight; Beaton and Tukey 1974); a member that reads something else (another scale, the
+other side of an edge) has no part in it. Nothing here sees an encoded colour. Spreads: ``raw`` says
+how much members disagree, scale included; ``aligned`` what is left once every member's global scale
+is taken out (structure). A window of the image has half a vote where it sees: shown larger, an
+image is answered a little worse, with finer borders (docs/results.md).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.label import Answer, Space, Task
 
-ONE_READING = 0.2  # |log ratio| to the centre within which a depth is the same reading
-ONE_READING_AFFINE = 0.05  # the same for affine depth, in units of its range
-ONE_READING_DEG = 20.0  # the same for normals
+ONE_READING = 0.3  # |log ratio| to the centre from which on a depth is another reading
+ONE_READING_AFFINE = 0.1  # the same for affine depth, in units of its range
+ONE_READING_DEG = 30.0  # the same for normals
 _CHORD_SQUARED = (2 * np.sin(np.radians(ONE_READING_DEG) / 2)) ** 2
 WINDOW_VOTE = 0.5  # of a window, where an answer to the whole image has one
 MATCH_IOU = 0.5  # two instances of two members are the same above this
@@ -200,6 +200,11 @@ def lower_median(stack: np.ndarray, votes: np.ndarray) -> np.ndarray:
     return np.take_along_axis(ordered, at[None], 0)[0]
 
 
+def _biweight(gap: np.ndarray) -> np.ndarray:
+    """1 at no gap, falling to 0 at a gap of 1 and staying there; 0 for NaN."""
+    return np.square(np.maximum(1 - np.square(np.nan_to_num(gap, nan=1.0)), 0))
+
+
 def _log_gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b| of log depths; 0 between skies, a large constant between sky and ground, NaN."""
     with np.errstate(invalid="ignore"):
@@ -213,8 +218,8 @@ def merge_depth(
 ) -> DepthConsensus:
     """Depths [K, H, W] (NaN unknown, +inf sky) -> values and spreads.
 
-    The values are the geometric mean of the members within `ONE_READING` of the lower median.
-    With ``positive`` False (affine depth) logs are not taken: the mean of those within
+    The values are the geometric mean of the members nearer than `ONE_READING` to the lower median.
+    With ``positive`` False (affine depth) logs are not taken: the mean of those nearer than
     `ONE_READING_AFFINE`.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -222,7 +227,7 @@ def merge_depth(
     votes = _votes(len(stack), whole)
     middle = lower_median(logs, votes)
     reach = ONE_READING if positive else ONE_READING_AFFINE
-    votes = votes * (np.isfinite(logs) & (_log_gap(logs, middle[None]) <= reach))
+    votes = votes * np.isfinite(logs) * _biweight(_log_gap(logs, middle[None]) / reach)
     total = (votes * np.where(votes > 0, logs, 0)).sum(0)
     centre = np.where(np.isfinite(middle), total / np.maximum(votes.sum(0), WINDOW_VOTE), middle)
     centre[_mostly_unknown(np.isnan(logs), whole)] = np.nan
@@ -245,7 +250,7 @@ def _mean_known(gaps: np.ndarray) -> np.ndarray:
 def merge_normals(stack: np.ndarray, *, whole: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Normals [K, H, W, 3] -> (unit normals, mean angle of all members to them in degrees).
 
-    The mean direction of the members within `ONE_READING_DEG` of the one that is closest to all.
+    The mean direction of the members nearer than `ONE_READING_DEG` to the one closest to all.
     """
     known = ~np.isnan(stack[..., 0])
     votes = (_votes(len(stack), whole) * known)[..., None]
@@ -253,7 +258,8 @@ def merge_normals(stack: np.ndarray, *, whole: int | None = None) -> tuple[np.nd
     likeness = _dot(safe, (votes * safe).sum(0))  # to all others together
     best = np.where(known, likeness, -np.inf).argmax(0)
     middle = np.take_along_axis(safe, best[None, ..., None], 0)[0]
-    votes = votes * (_chord_squared(safe, middle) <= _CHORD_SQUARED)[..., None]
+    nearness = _biweight(np.sqrt(_chord_squared(safe, middle) / _CHORD_SQUARED))
+    votes = votes * nearness[..., None]
     mean = (votes * safe).sum(0)
     values = mean / np.maximum(np.sqrt(_dot(mean, mean)), 1e-12)[..., None]
     chord = np.sqrt(np.where(known, _chord_squared(safe, values), np.nan))
