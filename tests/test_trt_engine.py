@@ -333,6 +333,12 @@ def test_damaged_sidecars_are_refused(tmp_path, text):
         read_sidecar(tmp_path / "a.engine")
 
 
+def test_what_claims_too_much_is_not_built(made, monkeypatch):
+    monkeypatch.setattr("export.onnx_files.MAX_ELEMENTS", 1)
+    with pytest.raises(ArtefactError, match="claims shape"):
+        made("10.3.0")
+
+
 def test_a_newer_sidecar_and_one_of_another_format_are_refused(made, tmp_path):
     made("10.3.0")
     told = json.loads((tmp_path / "a.engine.json").read_text())
