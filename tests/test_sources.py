@@ -61,7 +61,7 @@ def test_other_planes_of_a_webdataset_sample_are_no_inputs(tmp_path):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
     source = TarSource(tmp_path / "set.tar")
     assert source.list() == ["a.png", "a.png#2", "b/a.x.png", "c.1.jpg", "c.2.jpg"]
-    assert source.left_out == {".depth.png": 1, ".normals.PNG": 1}
+    assert source.left_out == {".depth.png": 1, ".normals.png": 1}
 
 
 def test_a_cut_tar_is_refused_with_what_was_found(tmp_path):

@@ -92,13 +92,20 @@ class TarSource:
 
     def _without_planes(self) -> Counter[str]:
         """Drop what WebDataset would call another field of a sample that has an image."""
-        split = {name: _sample_and_field(name) for name in self._where}
-        whole = {sample for sample, field in split.values() if field.lower() in IMAGE_SUFFIXES}
-        plain = lambda field: field.lower().partition("#")[0] in IMAGE_SUFFIXES  # noqa: E731
-        planes = [n for n, (s, f) in split.items() if not plain(f) and s in whole]
-        for name in planes:
-            del self._where[name]
-        return Counter(split[name][1] for name in planes)
+        planes, left_out = {}, Counter[str]()
+        for name in self._where:  # few or none, of perhaps a million
+            sample, field = _sample_and_field(name)
+            if field not in IMAGE_SUFFIXES:
+                planes[name] = sample, field
+        samples = {sample for sample, _ in planes.values()}
+        with_image = samples.intersection(
+            _sample_and_field(name)[0] for name in self._where if name not in planes
+        )
+        for name, (sample, field) in planes.items():
+            if sample in with_image:
+                del self._where[name]
+                left_out[field] += 1
+        return left_out
 
     def keyed_by_bytes(self, uri: str) -> bool:
         """Always: what is no file is never read."""
@@ -131,10 +138,13 @@ class TarSource:
 
 
 def _sample_and_field(name: str) -> tuple[str, str]:
-    """Split at the first dot of the last part of the path, as WebDataset does."""
+    """Split at the first dot of the last part of the path, as WebDataset does; a copy's number off.
+
+    ``a/b.depth.PNG#2`` -> ``a/b``, ``.depth.png``
+    """
     folder, slash, base = name.rpartition("/")
     sample, dot, field = base.partition(".")
-    return folder + slash + sample, dot + field
+    return folder + slash + sample, dot + field.partition("#")[0].lower()
 
 
 def check_end(file: IO[bytes], offset: int) -> None:

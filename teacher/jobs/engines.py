@@ -31,7 +31,6 @@ from teacher.label import Answer, LabelError, Task
 from teacher.shard_writer import ShardWriter
 from teacher.shards import seal_path, shard_name
 
-Waiting = deque[tuple[Prepared, Future | None]]  # samples on their way to the tar, in order
 BATCHES_AHEAD = 2  # that the teacher may be ahead of the tar, beside the two that are encoded
 HELPED_FROM = 100  # inputs; a smaller job would be over before a helper process has started
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -62,6 +61,19 @@ class Tally:
         total = {name: mine[name] + theirs[name] for name in mine}
         total["reasons"] = dict(Counter(self.reasons) + Counter(other.reasons))
         return Tally(**total | {"wall_s": max(self.wall_s, other.wall_s)})
+
+
+@dataclasses.dataclass
+class Filling:
+    """A shard on its way: its tar, the samples that wait for it in plan order, and who writes them.
+
+    ``drains`` are what the drainer was told to write; the last two batches are left to the commit.
+    """
+
+    writer: ShardWriter
+    waiting: deque[tuple[Prepared, Future | None]] = dataclasses.field(default_factory=deque)
+    drains: list[Future[None]] = dataclasses.field(default_factory=list)
+    teacher_s: float = 0.0
 
 
 class Claims:
@@ -244,20 +256,14 @@ class Worker:
             )
             commits: deque[Future[None]] = deque()
             for number in shards:
-                writer = ShardWriter(self.folder, number, plan_hash=self.plan_hash)
-                waiting: Waiting = deque()
-                drains: list[Future[None]] = []
+                shard = Filling(ShardWriter(self.folder, number, plan_hash=self.plan_hash))
                 try:
-                    teacher_s = self._fill(
-                        writer, waiting, drains, prepared, encoders, drainer, bar
-                    )
+                    self._fill(shard, prepared, encoders, drainer, bar)
                 except BaseException:
-                    writer.abandon()
+                    shard.writer.abandon()
                     raise
                 # the last samples are awaited there, while the teacher has the next shard
-                commits.append(
-                    committer.submit(self._commit, writer, waiting, drains, claims, teacher_s, bar)
-                )
+                commits.append(committer.submit(self._commit, shard, claims, bar))
                 while len(commits) > 1:
                     commits.popleft().result()
             for commit in commits:
@@ -267,23 +273,16 @@ class Worker:
         work = lambda: prepare(entry, self.source, max_side=self.max_side)  # noqa: E731
         return patiently(work, what=f"reading {entry.uri}")
 
-    def _commit(
-        self,
-        writer: ShardWriter,
-        waiting: Waiting,
-        drains: list[Future[None]],
-        claims: Claims,
-        teacher_s: float,
-        bar: tqdm,
-    ) -> None:
+    def _commit(self, shard: Filling, claims: Claims, bar: tqdm) -> None:
+        writer = shard.writer
         try:
-            for drain in drains:
+            for drain in shard.drains:
                 drain.result()
-            self._drain(writer, waiting, bar, keep=0)
+            self._drain(shard, bar, keep=0)
         except BaseException:
             writer.abandon()
             raise
-        if writer.commit({"host": this_host(), "teacher_s": round(teacher_s, 3)}):
+        if writer.commit({"host": this_host(), "teacher_s": round(shard.teacher_s, 3)}):
             states = Counter(row["state"] for row in writer.rows)
             self.tally.labelled += states["labelled"]
             self.tally.rejected += states["rejected"]
@@ -304,22 +303,15 @@ class Worker:
 
     def _fill(
         self,
-        writer: ShardWriter,
-        waiting: Waiting,
-        drains: list[Future[None]],
+        shard: Filling,
         prepared: Iterator[Prepared],
         encoders: ThreadPoolExecutor,
         drainer: ThreadPoolExecutor,
         bar: tqdm,
-    ) -> float:
-        """One shard: batches to the teacher, finished samples to the tar, in plan order.
-
-        ``drains`` are on their way to the tar, the last two batches are left in ``waiting``.
-        Returns the seconds spent inside the teacher.
-        """
+    ) -> None:
+        """One shard: batches to the teacher, answers to the encoders, all in plan order."""
         finish: Callable[..., tuple[list, dict]] = self.helpers or self.finish
-        teacher_s = 0.0
-        for batch in self.plan.batches(writer.number):
+        for batch in self.plan.batches(shard.writer.number):
             items = [next(prepared) for _ in batch]
             queries = [item.query for item in items if item.query is not None]
             if all(query.key in self.probed for query in queries):
@@ -329,24 +321,23 @@ class Worker:
                 before = time.monotonic()
                 answers = iter(self._ask(queries))
                 asked_s = time.monotonic() - before
-            teacher_s += asked_s
+            shard.teacher_s += asked_s
             self.tally.teacher_s += asked_s
             for item in items:
                 finished = None
                 if item.query is not None:
                     finished = encoders.submit(finish, item, *next(answers))
-                waiting.append((item, finished))
-            drains.append(
-                drainer.submit(self._drain, writer, waiting, bar, keep=2 * self.plan.batch_size)
+                shard.waiting.append((item, finished))
+            shard.drains.append(
+                drainer.submit(self._drain, shard, bar, keep=2 * self.plan.batch_size)
             )
-            if len(drains) > BATCHES_AHEAD:
-                drains[-1 - BATCHES_AHEAD].result()
-        return teacher_s
+            if len(shard.drains) > BATCHES_AHEAD:
+                shard.drains[-1 - BATCHES_AHEAD].result()
 
-    def _drain(self, writer: ShardWriter, waiting: Waiting, bar: tqdm, *, keep: int) -> None:
+    def _drain(self, shard: Filling, bar: tqdm, *, keep: int) -> None:
         """Write finished samples, all but the last ``keep``."""
-        while len(waiting) > keep:
-            self._write(writer, *waiting.popleft())
+        while len(shard.waiting) > keep:
+            self._write(shard.writer, *shard.waiting.popleft())
             share = self.tally.teacher_s / (time.monotonic() - self.started)
             with self.showing:
                 bar.set_postfix_str(f"teacher {share:.0%}", refresh=False)

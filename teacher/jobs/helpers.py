@@ -3,7 +3,9 @@
 A thread that encodes takes Python's lock from the teacher's thread after each call of its; another
 process does not. What a helper is asked stands in memory that both have mapped (a nameless file:
 nothing is left of it, whoever is killed) and is copied there without the lock; a few words and the
-members of the tar go through a pipe. A helper ends when nobody holds the other end of its pipe.
+members of the tar go through a pipe, pickled: both of its ends are this program, nobody else can
+name it, and nothing that was read from a file is ever unpickled. A helper ends when nobody holds
+the other end of its pipe.
 """
 
 from __future__ import annotations

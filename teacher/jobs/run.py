@@ -182,13 +182,11 @@ def licences(
     return refuse(ledger, asked.get("refuse", []), what=f"label set {out}")
 
 
-def keep_statement(
-    folder: Path, ledger: list[dict[str, Any]], asked: dict[str, Any]
-) -> list[dict[str, Any]]:
+def keep_statement(folder: Path, ledger: list[dict[str, Any]], asked: dict[str, Any]) -> None:
     """The ledger written when the set was begun holds; another ``licence.images`` raises."""
     meta = read_dataset(folder)
     if "licences" not in meta:
-        return ledger
+        return
     begun = read_ledger(meta["licences"])
     first, now = (
         [line["licence"] or "unknown" for line in lines if line["role"] == "images"]
@@ -201,7 +199,7 @@ def keep_statement(
             "begun; expected the same. Leave licence.images out to go on under what was stated, "
             "or choose another out= for the new statement."
         )
-    return refuse(begun, asked.get("refuse", []), what=f"label set {folder}")
+    refuse(begun, asked.get("refuse", []), what=f"label set {folder}")
 
 
 def array_task(shard: dict[str, int]) -> tuple[int, int]:
