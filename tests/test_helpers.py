@@ -121,7 +121,11 @@ class Murderer(PlaneTeacher):
         self.calls = getattr(self, "calls", 0) + 1
         if self.calls == 3 and Murderer.armed:
             Murderer.armed = False
-            for helper in helpers_of():
+            deadline = time.monotonic() + 60
+            while not (helpers := helpers_of()):  # an encoder starts one, in its own time
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            for helper in helpers:
                 helper.kill()
         return super().answer(queries, tasks)
 
