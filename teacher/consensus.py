@@ -26,6 +26,7 @@ ONE_READING = 0.3  # |log ratio| to the centre from which on a depth is another 
 ONE_READING_AFFINE = 0.1  # the same for affine depth, in units of its range
 ONE_READING_DEG = 30.0  # the same for normals
 _CHORD_SQUARED = (2 * np.sin(np.radians(ONE_READING_DEG) / 2)) ** 2
+WINDOW_LEAVES = 0.1  # of the image's width and height, beyond a corner window
 WINDOW_VOTE = 0.5  # of a window, where an answer to the whole image has one
 MATCH_IOU = 0.5  # two instances of two members are the same above this
 
@@ -85,14 +86,20 @@ class Variant:
 
 
 def variants(*, seeds: int = 1, mirror: bool = False, crops: int = 0) -> list[Variant]:
-    """``seeds`` askings, each also mirrored if asked, plus ``crops`` corner windows of 80 %."""
+    """``seeds`` askings, each also mirrored if asked, plus ``crops`` corner windows.
+
+    Of the windows the first two, opposite each other, are shown as they are, the others mirrored
+    if asked: no two askings go wrong alike.
+    """
     if seeds < 1 or not 0 <= crops <= 4:
         raise UsageError(f"consensus: seeds={seeds} must be >= 1 and crops={crops} in 0..4")
     found = [Variant(seed=s, mirror=m) for s in range(seeds) for m in ((False, True)[: 1 + mirror])]
-    corners = [(0.0, 0.0), (0.2, 0.2), (0.2, 0.0), (0.0, 0.2)][:crops]
-    return found + [
-        Variant(seed=seeds + i, window=(x, y, x + 0.8, y + 0.8)) for i, (x, y) in enumerate(corners)
-    ]
+    far, side = WINDOW_LEAVES, 1 - WINDOW_LEAVES
+    corners = [(0.0, 0.0), (far, far), (far, 0.0), (0.0, far)][:crops]
+    for i, (x, y) in enumerate(corners):
+        window = (x, y, x + side, y + side)
+        found.append(Variant(seed=seeds + i, mirror=mirror and i >= 2, window=window))
+    return found
 
 
 def merge(answers: Sequence[Answer], *, whole: int | None = None) -> Answer:

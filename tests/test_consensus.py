@@ -168,6 +168,12 @@ def test_windows_have_half_a_vote_where_they_see():
 def test_variants_are_counted_and_bad_ones_refused():
     assert len(consensus.variants(seeds=3, mirror=True, crops=2)) == 8
     assert len({v.seed for v in consensus.variants(seeds=2, crops=2)}) == 4
+    six = consensus.variants(mirror=True, crops=4)
+    assert [v.mirror for v in six] == [False, True, False, False, True, True]
+    assert not any(v.mirror for v in consensus.variants(seeds=2, crops=4))
+    at = [v._box(100, 200) for v in six]
+    corners = [(0, 0, 180, 90), (20, 10, 200, 100), (20, 0, 200, 90), (0, 10, 180, 100)]
+    assert at == [(0, 0, 200, 100)] * 2 + corners
     with pytest.raises(UsageError, match="seeds=0 must be >= 1"):
         consensus.variants(seeds=0)
 

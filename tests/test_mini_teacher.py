@@ -161,7 +161,7 @@ def test_crops_are_asked_as_windows_and_voted_where_they_see(weights):
     """One whole asking and two corner windows: three members, every pixel of the image answered."""
     teacher = MiniTeacher(weights=weights, mirror=False, crops=2)
     windows = [a["window"] for a in teacher.describe()["askings"]]
-    assert windows == [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.8, 0.8), (0.2, 0.2, 1.0, 1.0)]
+    assert windows == [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.9, 0.9), (0.1, 0.1, 1.0, 1.0)]
     label = room(5, height=H, width=W)
     answer = teacher.answer([query_of(label)], [Task.SEMANTIC])[0][Task.SEMANTIC]
     assert answer.extras["members"] == 3 and answer.values.shape == (H, W)

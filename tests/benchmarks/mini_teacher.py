@@ -41,15 +41,17 @@ def query_of(label: Label) -> Query:
 
 
 def judge_depth(rows: list[tuple[Label, Any]]) -> dict[str, Any]:
-    """All valid pixels within the bounds, then the kept share with the least of each doubt."""
+    """All valid pixels within the bounds, then the kept share of them with the least doubt."""
     per_image = [metrics.depth_metrics(clipped(a.values), t, **BOUNDS) for t, a in rows]
     edges = [metrics.boundary_f1(clipped(a.values), t) for t, a in rows]
     maps = {"residual": [a.residual for _, a in rows]}
     if rows[0][1].uncertainty is not None:
         maps["spread"] = [np.nan_to_num(a.uncertainty, nan=9.0) for _, a in rows]
+    valid = [np.isfinite(t) & (t > BOUNDS["min_m"]) & (t < BOUNDS["max_m"]) for t, _ in rows]
     kept = {}
     for name, found in maps.items():
-        limit = np.quantile(np.concatenate([d.ravel() for d in found]), KEPT)
+        doubted = np.concatenate([d[v] for d, v in zip(found, valid, strict=True)])
+        limit = np.quantile(doubted, KEPT)
         scores = [
             metrics.depth_metrics(clipped(a.values), np.where(d <= limit, t, np.nan), **BOUNDS)
             for (t, a), d in zip(rows, found, strict=True)
