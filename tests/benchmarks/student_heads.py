@@ -1,7 +1,9 @@
-"""Students compared at equal cost: depth heads, augmentation, tasks, decoders, against truth.
+"""Students compared at equal cost: heads, labels, augmentation, tasks, features; and a teacher.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/student_heads.py train=labels/x \\
-        held=truth/held-out,truth/shifted out=out/heads steps=3000 heads
+    OMP_NUM_THREADS=1 python tests/benchmarks/student_heads.py train=six-a,six-b,... \\
+        held=truth/held-out,truth/shifted out=out/heads steps=600 heads
+
+    ... once=once-a,once-b,... truth=truth/a,truth/b,... two=... labels
 
     python tests/benchmarks/student_heads.py versus students=a/student.safetensors,b/... \\
         held=truth/held-out answers=teacher/held-out [out=FILE]
@@ -9,20 +11,24 @@
 `versus` compares students with a teacher's stored answers to the same images (`distill label
 images=truth/held-out`), per image, by a paired bootstrap.
 
-Variants: heads (log, bins, mixture), augment (strong, geometry, none), tasks (both, depth alone,
-normals alone), decoder (fpn, dpt). Every variant takes the same images in the same order for the
-same steps; each is scored on every held-out set by `teacher.score`. The last lines compare each
-variant with the first by a paired bootstrap over images. Runs resume.
+Every variant differs from the first, `log` (the shipped recipe on ``train``), in one thing; all
+take as many steps of as many images, and each is scored on every held-out set by `teacher.score`.
+`labels` (further label sets of the same images): one answer per image instead of a consensus,
+truth, and a third and a sixth of the images with two and six answers each, which cost the teacher
+as much as one of each. The last lines compare each variant with the first by a paired bootstrap
+over images. Runs resume; finished ones are scored again only.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from distill import losses, module
 from distill.train import train
 from student.checkpoint import load_student
 from student.model import Student
@@ -34,15 +40,32 @@ STUDENT = {
     "backbone": "mobilenetv4_conv_small",
     "height": 96,
     "width": 128,
-    "decoder_channels": 32,
-    "decoder_stride": 2,
+    "decoder_channels": 48,
+    "decoder_stride": 4,
     "tasks": ["depth", "normals"],
 }
-VARIANTS = {
-    "heads": [(n, {"depth_head": n}, {}) for n in ("log", "bins", "mixture")],
-    "augment": [(n, {}, {"augment": n}) for n in ("strong", "geometry", "none")],
-    "tasks": [(n, {"tasks": n.split("+")}, {}) for n in ("depth+normals", "depth", "normals")],
-    "decoder": [(n, {"decoder": n}, {}) for n in ("fpn", "dpt")],
+TRAINER = {
+    "lr": 0.003,
+    "precision": "bf16",
+    "augment": "geometry",
+    "device": "cpu",
+    "threads": 1,
+    "val_share": 0.02,
+    "val_every": 100_000,
+}
+# group -> (name, argument of `train` or "data" or "uncertainty" -> what differs from the first)
+FIRST: tuple[str, dict[str, Any]] = ("log", {})
+VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "heads": [(n, {"student": {"depth_head": n}}) for n in ("bins", "mixture")],
+    "labels": [(n, {"data": n}) for n in ("once", "truth", "two", "six")],
+    "weights": [("no weights", {"uncertainty": False})],
+    "augment": [(n, {"trainer": {"augment": n}}) for n in ("strong", "none")],
+    "tasks": [(f"{n} alone", {"student": {"tasks": [n]}}) for n in ("depth", "normals")],
+    "features": [("mini's features", {"features": {"name": "mini"}})],
+    "decoder": [
+        ("stride 2", {"student": {"decoder_stride": 2}}),
+        ("dpt", {"student": {"decoder": "dpt"}}),
+    ],
 }
 NUMBERS = {"depth": ("delta1", "abs_rel", "boundary_f1"), "normals": ("mean_deg", "within_11_25")}
 
@@ -106,12 +129,33 @@ def versus(students: list[str], held: LabelSet, answers: LabelSet) -> dict[str, 
     return found
 
 
+def unweighted(answer: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The losses as if no label had said how sure it is."""
+    blind = {k: v * torch.nan if k.endswith("_uncertainty") else v for k, v in batch.items()}
+    return losses.all_losses(answer, blind)
+
+
+def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
+    """Train one variant; the path of its student."""
+    module.all_losses = losses.all_losses if differs.get("uncertainty", True) else unweighted
+    run = train(
+        data=options[differs.get("data", "train")].split(","),
+        out=str(out),
+        student=STUDENT | differs.get("student", {}),
+        trainer=TRAINER
+        | {"steps": int(options["steps"]), "batch_size": int(options.get("batch", "16"))}
+        | differs.get("trainer", {}),
+        features=differs.get("features"),
+    )
+    return str(run["student"])
+
+
 def main() -> None:
-    """Train, score, compare; writes results.json into out."""
+    """Train, score, compare; writes a json per group into out."""
     options = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
-    what = next(a for a in sys.argv[1:] if "=" not in a)
+    groups = [a for a in sys.argv[1:] if "=" not in a]
     torch.set_num_threads(1)
-    if what == "versus":
+    if groups == ["versus"]:
         found = versus(
             options["students"].split(","), LabelSet(options["held"]), LabelSet(options["answers"])
         )
@@ -121,24 +165,10 @@ def main() -> None:
     out = Path(options["out"])
     held = [LabelSet(p) for p in options["held"].split(",")]
     rows: dict[tuple, dict[str, list[float]]] = {}
-    for name, student, trainer in VARIANTS[what]:
+    for name, differs in [FIRST, *(v for group in groups for v in VARIANTS[group])]:
         started = time.process_time()
-        run = train(
-            data=options["train"].split(","),
-            out=str(out / name),
-            student=STUDENT | student,
-            trainer={
-                "steps": int(options["steps"]),
-                "batch_size": int(options.get("batch", "16")),
-                "augment": "geometry",
-                "device": "cpu",
-                "threads": 1,
-                "val_share": 0.02,
-                **trainer,
-            },
-        )
+        model = load_student(trained(differs, options, out / name.replace(" ", "-")))
         cpu_s = time.process_time() - started
-        model = load_student(run["student"])
         tasks = [t for t in NUMBERS if t in model.tasks]
         for number, labels in enumerate(held):
             report = score(predictor(model), labels, tasks=tasks)
@@ -149,15 +179,14 @@ def main() -> None:
                     rows.setdefault((number, task, measure), {})[name] = values
                     shown.append(f"{measure} {np.nanmean(values):.4f}")
             print(f"{name:15s} set {number}: {', '.join(shown)}; {cpu_s:.0f} CPU s", flush=True)
-    first = VARIANTS[what][0][0]
     for (number, task, measure), by_name in rows.items():
         for name, values in by_name.items():
-            if name != first and first in by_name:
-                gain = bootstrap(by_name[first], values)
-                print(f"set {number} {task} {measure}: {name} - {first} = "
+            if name != FIRST[0] and FIRST[0] in by_name:
+                gain = bootstrap(by_name[FIRST[0]], values)
+                print(f"set {number} {task} {measure}: {name} - {FIRST[0]} = "
                       f"{gain[0]:+.4f} [{gain[1]:+.4f}, {gain[2]:+.4f}]")  # fmt: skip
     stored = {"/".join(map(str, key)): value for key, value in rows.items()}
-    (out / f"{what}.json").write_text(json.dumps(stored))
+    (out / f"{'-'.join(groups)}.json").write_text(json.dumps(stored))
 
 
 if __name__ == "__main__":
