@@ -85,6 +85,11 @@ def patiently(work: Callable[[], R], *, what: str) -> R:
     raise AssertionError
 
 
+def is_bad_sector(failure: EnvironmentFailure) -> bool:
+    """Whether `patiently` gave up over EIO: the file is damaged. No other error says that."""
+    return isinstance(failure.__cause__, OSError) and failure.__cause__.errno == errno.EIO
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
