@@ -1,6 +1,7 @@
 """Sources beyond folders: tars (hostile ones too), tables, videos, URLs; and the key cache."""
 
 import io
+import shutil
 import struct
 import tarfile
 
@@ -284,6 +285,46 @@ def test_any_fsspec_url(tmp_path):
         open_source("memory://texts")
     with pytest.raises(UsageError, match="cannot be listed"):
         open_source("nosuchprotocol://x")
+
+
+def test_what_a_store_says_in_its_own_words_is_an_error_of_the_disk(monkeypatch):
+    """Libraries of object stores raise exceptions of their own; 4 of 5 attempts may fail."""
+    import fsspec
+
+    class StoreError(Exception):
+        status = 500
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/flaky/a.png", PNGS[0])
+    source, left = open_source("memory://flaky"), 4
+
+    def flaky(path):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise StoreError("try again")
+        return PNGS[0]
+
+    monkeypatch.setattr("teacher.jobs.commit.WAITS_S", (0.0,) * 4)
+    monkeypatch.setattr(source.files, "cat_file", flaky)
+    assert content_keys(source, ["a.png"], threads=1) == [content_key(PNGS[0])]
+    left, StoreError.status = 99, 403
+    with pytest.raises(UsageError, match=r"'a\.png' cannot be read"):
+        content_keys(source, ["a.png"], threads=1)
+
+
+def test_the_index_of_a_label_set_is_no_table_of_images(tmp_path, balls):
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shutil.copytree(balls, tmp_path / "in" / "set")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(balls), "/balls", recursive=True)
+    for place in (str(tmp_path / "in"), "memory://balls"):
+        assert len(open_source(place).list()) == 10
+    pq.write_table(pa.table({"jpg": PNGS}), tmp_path / "in" / "index.parquet")
+    assert len(open_source(str(tmp_path / "in")).list()) == 15
 
 
 class CountingSource:
