@@ -1,6 +1,7 @@
 """Sources beyond folders: tars (hostile ones too), tables, videos, URLs; and the key cache."""
 
 import io
+import os
 import shutil
 import struct
 import tarfile
@@ -108,7 +109,7 @@ def test_a_tar_with_very_many_members_is_listed_in_order(tmp_path):
     assert len(TarSource(path).list()) == 20_000
 
 
-@pytest.mark.parametrize("layout", ["hugging face", "bytes", "arrow"])
+@pytest.mark.parametrize("layout", ["hugging face", "bytes", "arrow", "arrow file", "capitals"])
 def test_tables(tmp_path, layout):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -116,15 +117,31 @@ def test_tables(tmp_path, layout):
     rows = [{"bytes": png, "path": f"{i}.png"} for i, png in enumerate(PNGS)]
     column = {"image": rows} if layout == "hugging face" else {"jpg": PNGS}
     table = pa.table(column | {"label": list(range(5))})
-    path = tmp_path / ("t.arrow" if layout == "arrow" else "t.parquet")
-    if layout == "arrow":
-        with pa.ipc.new_stream(path, table.schema) as writer:
+    suffix = "arrow" if "arrow" in layout else "parquet"
+    path = tmp_path / (f"T.{suffix.upper()}" if layout == "capitals" else f"t.{suffix}")
+    if suffix == "arrow":
+        new = pa.ipc.new_file if layout == "arrow file" else pa.ipc.new_stream
+        with new(path, table.schema) as writer:
             writer.write_table(table)
     else:
         pq.write_table(table, path, row_group_size=2)
     source = TableSource(path)
     assert [source.read(uri) for uri in source.list()] == PNGS
     assert source.key("000000003") == content_key(PNGS[3])
+
+
+def test_a_table_behind_a_url_is_not_taken_for_the_file_here_of_that_name(tmp_path, monkeypatch):
+    import fsspec
+    import pyarrow as pa
+
+    for number, data in enumerate(PNGS[:2]):
+        table = pa.table({"jpg": [data]})
+        with pa.ipc.new_stream(tmp_path / f"{number}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    fsspec.filesystem("memory").pipe("/tables/0.arrow", (tmp_path / "1.arrow").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    source = open_source("memory://tables")
+    assert source.read("0.arrow::000000000") == PNGS[1]
 
 
 def test_a_table_without_images_lists_its_columns(tmp_path):
@@ -242,6 +259,22 @@ def test_a_video_without_pictures_and_several_broken_files_are_named(tmp_path):
         open_source(str(tmp_path))
     with pytest.raises(UsageError, match=r"scene_change=-1: expected 0 to 1"):
         VideoSource(tmp_path / "sound.mp4", fps=1.0, scene_change=-1)
+
+
+@pytest.mark.parametrize(
+    "text", [b"a.png\nb \xe4.png", b"\xef\xbb\xbfa.png\r\n\r\n  \r\nb \xe4.png\r\n"]
+)
+def test_a_list_as_windows_or_an_old_disk_writes_it(tmp_path, text):
+    """Marked UTF-8, CR LF, empty lines; a name that is no UTF-8."""
+    (tmp_path / "a.png").write_bytes(PNGS[0])
+    (tmp_path / os.fsdecode(b"b \xe4.png")).write_bytes(PNGS[1])
+    (tmp_path / "LIST.TXT").write_bytes(text)
+    source = open_source(str(tmp_path / "LIST.TXT"))
+    assert source.list() == ["a.png", "b \\xe4.png"]
+    assert [source.read(uri) for uri in source.list()] == PNGS[:2]
+    (tmp_path / "LIST.TXT").write_bytes("a.png\n".encode("utf-16"))
+    with pytest.raises(UsageError, match="of its lines name no file"):
+        open_source(str(tmp_path / "LIST.TXT"))
 
 
 def test_a_pattern_that_ends_in_two_stars_means_files(tmp_path):

@@ -7,6 +7,7 @@ member's name (``../x``, ``/etc/x``) is only a name, and links or devices are ne
 from __future__ import annotations
 
 import functools
+import io
 import os
 import tarfile
 import threading
@@ -27,6 +28,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 VIDEO_SUFFIXES = frozenset(".mp4 .mov .m4v .mkv .avi .webm .mpg .mpeg".split())
 TABLE_SUFFIXES = frozenset((".parquet", ".arrow"))
+ARROW_FILE = b"ARROW1"  # how Arrow's file format begins; its stream format does not
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "content")
 MAX_MEMBER_BYTES = 1 << 30
 
@@ -254,7 +256,7 @@ def _image_column(path: Path, names: list[str]) -> str:
 
 def _row_groups(file: File) -> Iterator[tuple[int, Callable[[], Any]]]:
     """(rows, loader of the image column) for each row group or record batch."""
-    if file.path.suffix == ".parquet":
+    if file.path.suffix.lower() == ".parquet":
         import pyarrow.parquet as pq
 
         # closed at once and read in this thread: arrow's own threads lock up at exit over a file
@@ -271,8 +273,11 @@ def _row_groups(file: File) -> Iterator[tuple[int, Callable[[], Any]]]:
         return
     import pyarrow as pa
 
-    is_local = file.path.is_file()
-    with pa.memory_map(str(file.path)) if is_local else file.open() as data:
-        whole = pa.ipc.open_stream(data).read_all()
+    with file.open() as opened:
+        mapped = isinstance(opened, io.BufferedReader)  # a file of this machine
+        data = pa.memory_map(str(file.path)) if mapped else opened
+        as_file = data.read(len(ARROW_FILE)) == ARROW_FILE
+        data.seek(0)
+        whole = (pa.ipc.open_file if as_file else pa.ipc.open_stream)(data).read_all()
     column = _image_column(file.path, whole.schema.names)
     yield whole.num_rows, lambda: whole[column]

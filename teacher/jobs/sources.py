@@ -359,7 +359,7 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
             return LabelSetSource(path)
         names, left_out = walk(path)
         return open_files(path, names, clip, left_out)
-    if path.is_file() and path.suffix == ".txt":
+    if path.is_file() and suffix_of(path.name) == ".txt":
         return open_files(path.parent, read_list(path), clip)
     if path.is_file():
         return open_files(path.parent, [path.name], clip)
@@ -377,7 +377,9 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
 
 def read_list(path: Path) -> list[str]:
     """The paths of a text list, one a line; relative ones from the list's own folder."""
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    # a name is what bytes the disk gave it; Windows puts a mark before UTF-8
+    text = path.read_text("utf-8-sig", "surrogateescape")
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     missing = [n for n in names if not (path.parent / n).is_file()]
     if missing or not names:
         found = f"{len(missing)} of its lines name no file ({missing[:3]})" if names else "empty"
