@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.images import ImageError, decode, encode_png
 from teacher.jobs.containers import TableSource, TarSource
-from teacher.jobs.plan import HashCache, content_keys
+from teacher.jobs.plan import HashCache, content_keys, make_plan
 from teacher.jobs.sources import open_source
 from teacher.jobs.videos import VideoSource
 from teacher.store import content_key
@@ -130,6 +130,36 @@ def test_tables(tmp_path, layout):
     assert source.key("000000003") == content_key(PNGS[3])
 
 
+@pytest.mark.parametrize("compression", ["gzip", "snappy"])
+def test_a_damaged_part_of_a_table_costs_its_rows(tmp_path, compression):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"jpg": PNGS}), path, row_group_size=2, compression=compression)
+    data = bytearray(path.read_bytes())
+    data[4:40] = bytes(36)  # the head of the first page
+    path.write_bytes(data)
+    source = TableSource(path)
+    keys = [source.key(uri) for uri in source.list()]
+    assert len(set(keys)) == 5 and keys[2:] == [content_key(png) for png in PNGS[2:]]
+    for uri in source.list()[:2]:
+        with pytest.raises(ImageError, match=rf"row {uri} of t\.parquet is damaged"):
+            source.read(uri)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):  # the disk's fault is not the image's
+        TableSource.read(source, "000000000")
+
+
+def test_two_inputs_of_one_name_are_refused(tmp_path):
+    """One of them would be read for both."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "b.png", PNGS[0])
+    (tmp_path / "a.tar::b.png").write_bytes(PNGS[1])
+    with pytest.raises(UsageError, match=r"two inputs have the name 'a\.tar::b\.png'"):
+        make_plan(open_source(str(tmp_path)), shard_size=4, batch_size=1, facts={})
+
+
 def test_a_table_behind_a_url_is_not_taken_for_the_file_here_of_that_name(tmp_path, monkeypatch):
     import fsspec
     import pyarrow as pa
@@ -196,6 +226,9 @@ def test_a_broken_video_and_a_silly_rate_are_refused(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"\0" * 500)
     with pytest.raises(UsageError, match="not a readable video"):
         VideoSource(tmp_path / "x.mp4", fps=1.0, scene_change=None)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(UsageError, match=r"empty\.mp4: not a readable video \(it is empty"):
+        VideoSource(tmp_path / "empty.mp4", fps=1.0, scene_change=None)
     with pytest.raises(UsageError, match="more than 0 frames"):
         VideoSource(tmp_path / "x.mp4", fps=0, scene_change=None)
 
@@ -300,7 +333,7 @@ def test_a_folder_may_mix_everything(tmp_path):
     assert [decode(source.read(u)).shape[2] for u in source.list()] == [3] * 4
 
 
-def test_any_fsspec_url(tmp_path):
+def test_any_fsspec_url(monkeypatch):
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -318,6 +351,9 @@ def test_any_fsspec_url(tmp_path):
         open_source("memory://texts")
     with pytest.raises(UsageError, match="cannot be listed"):
         open_source("nosuchprotocol://x")
+    monkeypatch.setattr(memory, "find", lambda _: (_ for _ in ()).throw(RuntimeError("no route")))
+    with pytest.raises(EnvironmentFailure, match=r"cannot be listed \(no route\)"):
+        open_source("memory://photos")
 
 
 def test_what_a_store_says_in_its_own_words_is_an_error_of_the_disk(monkeypatch):

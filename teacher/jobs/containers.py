@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from teacher.errors import UsageError
 from teacher.images import ImageError
+from teacher.jobs.commit import is_transient
 from teacher.label import Camera
 from teacher.shards import content_key
 
@@ -221,12 +222,24 @@ class TableSource:
         while row >= self._groups[group][0]:
             row, group = row - self._groups[group][0], group + 1
         if getattr(self._cache, "group", None) != group:
-            self._cache.group, self._cache.column = group, self._groups[group][1]()
+            self._cache.column = self._column(uri, group)
+            self._cache.group = group
         value = self._cache.column[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ImageError(f"row {uri} of {self.file.path.name} holds no image bytes")
         return data
+
+    def _column(self, uri: str, group: int) -> Any:
+        """A row group's images; `ImageError` where arrow cannot decode it, which has no number."""
+        import pyarrow as pa
+
+        try:
+            return self._groups[group][1]()
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and (error.errno is not None or is_transient(error)):
+                raise
+            raise ImageError(f"row {uri} of {self.file.path.name} is damaged ({error})") from error
 
     def key(self, uri: str) -> str:
         """Hash of the bytes; of the row's number where there are none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.jobs.containers import File
 from teacher.label import Camera
 from teacher.shards import content_key
@@ -21,8 +21,11 @@ class RemoteFiles:
         try:
             self.files, root = fsspec.core.url_to_fs(url)
             found = self.files.find(root)
-        except (ValueError, ImportError, OSError) as error:
-            raise UsageError(f"images={url}: cannot be listed ({error}).") from error
+        except Exception as error:  # stores have errors of their own
+            theirs = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
+            raise (UsageError if theirs else EnvironmentFailure)(
+                f"images={url}: cannot be listed ({error})."
+            ) from error
         self.root = root.rstrip("/")
         if found == [self.root]:  # the URL is that of one file
             self.root = self.root.rpartition("/")[0]
