@@ -189,7 +189,8 @@ def test_names_of_a_label_sets_own_files_are_refused_before_they_exist(tmp_path)
     assert sorted(labels.iterdir()) == before
     for name in ("shard-7.csv.json", "my-run.json"):
         assert select(labels=str(labels), out=str(labels / name))["exit"] == 0
-    assert select(labels=str(labels), out=str(tmp_path / "run.json"))["exit"] == 0  # no set's folder
+    elsewhere = tmp_path / "run.json"
+    assert select(labels=str(labels), out=str(elsewhere))["exit"] == 0
 
 
 @pytest.mark.parametrize(

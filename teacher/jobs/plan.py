@@ -175,9 +175,9 @@ def _key(source: Source, uri: str) -> str:
     except OSError as error:
         theirs = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
         raise (UsageError if theirs else EnvironmentFailure)(
-            f"images: {uri!r} cannot be read ({error.strerror or error}). Expected every listed file to be "
-            "readable: an unreachable disk must not become a million rejected images. Mend or "
-            "remove it."
+            f"images: {uri!r} cannot be read ({error.strerror or error}). Expected every listed "
+            "file to be readable: an unreachable disk must not become a million rejected images. "
+            "Mend or remove it."
         ) from error
 
 

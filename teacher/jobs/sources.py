@@ -283,9 +283,7 @@ def open_files(
     return Bundle(plain, parts, origins_of(names, beside)) if parts else plain
 
 
-def origins_of(
-    names: list[str], beside: Callable[[str], dict[str, Any]]
-) -> list[dict[str, Any]]:
+def origins_of(names: list[str], beside: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
     """``dataset.json`` of the label sets whose tars are among the files; {} for the other files.
 
     ``beside`` reads that of the folder of a tar, or raises.
