@@ -28,7 +28,15 @@ from student.checkpoint import load_student
 from student.model import Student
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
-from teacher.jobs.licences import as_text, of_student, refuse
+from teacher.jobs.licences import (
+    as_text,
+    inherited,
+    merged,
+    of_label_set,
+    of_student,
+    read_ledger,
+    refuse,
+)
 from teacher.label import Camera
 from teacher.store import LabelSet, hash_file
 
@@ -249,7 +257,8 @@ def export_student(
         trt_engine.import_tensorrt()
     source = Path(checkpoint)
     student = load_student(source)  # refused before anything is written
-    refuse(of_student(student.provenance), (licence or {}).get("refuse", []), what=f"export {out}")
+    ledger = ancestors(student, labels)
+    refuse(ledger, (licence or {}).get("refuse", []), what=f"export {out}")
     folder = _open_folder(Path(out))
     reference = folder / REFERENCE
     if reference.resolve() != source.resolve():
@@ -288,6 +297,8 @@ def export_student(
         if labels is not None:
             from export.lowering import lower_all
 
+            card = dataclasses.replace(card, licences=as_text(ledger))
+            onnx.helper.set_model_props(model, card_to_metadata(card))
             for name, graph, facts in lower_all(
                 model,
                 lowered,
@@ -307,6 +318,14 @@ def export_student(
         replace_atomically(folder / READINESS, "\n".join(ready).encode())
         result = _told(folder, card, artefacts, declined)
     return result
+
+
+def ancestors(student: Student, labels: LabelSet | None) -> list[dict[str, Any]]:
+    """The licence ledger of an export: its student, and the ``labels`` that calibrate and judge."""
+    found = [of_student(student.provenance)]
+    if labels is not None:
+        found.append(inherited(of_label_set(labels.meta), images="calibration images"))
+    return read_ledger(merged(*found))
 
 
 def _told(

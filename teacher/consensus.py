@@ -28,6 +28,7 @@ ONE_READING_DEG = 30.0  # the same for normals
 _CHORD_SQUARED = (2 * np.sin(np.radians(ONE_READING_DEG) / 2)) ** 2
 WINDOW_LEAVES = 0.1  # of the image's width and height, beyond a corner window
 WINDOW_VOTE = 0.5  # of a window, where an answer to the whole image has one
+STRIP = 32  # rows of normals merged at a time, so that they stay in the processor's cache
 MATCH_IOU = 0.5  # two instances of two members are the same above this
 
 
@@ -147,12 +148,20 @@ def merge(answers: Sequence[Answer], *, whole: int | None = None) -> Answer:
         spread, facts["instances"] = None, table
     residual = None
     if all(a.residual is not None for a in deciding):
-        residual = np.nan_to_num(np.stack([a.residual for a in deciding]), nan=np.inf)  # type: ignore
-        residual = np.sort(residual, axis=0)[(len(deciding) - 1) // 2].astype(np.float32)
-        residual[np.isinf(residual)] = np.nan
+        residual = _lower_middle([a.residual for a in deciding if a.residual is not None])
     return dataclasses.replace(
         first, values=values, uncertainty=spread, residual=residual, extras=first.extras | facts
     )
+
+
+def _lower_middle(planes: Sequence[np.ndarray]) -> np.ndarray:
+    """Per pixel the lower median of all, NaN as the largest; a network of swaps, plane by plane."""
+    ranked = list(planes)
+    for end in range(len(ranked) - 1, 0, -1):
+        for k in range(end):
+            low, high = ranked[k], ranked[k + 1]
+            ranked[k], ranked[k + 1] = np.fmin(low, high), np.maximum(low, high)
+    return ranked[(len(ranked) - 1) // 2].astype(np.float32)
 
 
 def _unknown(answer: Answer) -> Any:
@@ -209,7 +218,7 @@ def lower_median(stack: np.ndarray, votes: np.ndarray) -> np.ndarray:
 
 def _biweight(gap: np.ndarray) -> np.ndarray:
     """1 at no gap, falling to 0 at a gap of 1 and staying there; 0 for NaN."""
-    return np.square(np.maximum(1 - np.square(np.nan_to_num(gap, nan=1.0)), 0))
+    return np.square(np.fmax(1 - np.square(gap), 0))  # which takes the 0 beside a NaN
 
 
 def _log_gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -249,8 +258,9 @@ def merge_depth(
 
 
 def _mean_known(gaps: np.ndarray) -> np.ndarray:
-    count = (~np.isnan(gaps)).sum(0)
-    total = np.nan_to_num(gaps).sum(0)
+    unknown = np.isnan(gaps)
+    count = len(gaps) - unknown.sum(0)
+    total = np.where(unknown, np.float32(0), gaps).sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
@@ -259,31 +269,39 @@ def merge_normals(stack: np.ndarray, *, whole: int | None = None) -> tuple[np.nd
 
     The mean direction of the members nearer than `ONE_READING_DEG` to the one closest to all.
     """
-    known = ~np.isnan(stack[..., 0])
-    votes = (_votes(len(stack), whole) * known)[..., None]
-    safe = np.nan_to_num(stack)
-    likeness = _dot(safe, (votes * safe).sum(0))  # to all others together
+    rows = range(0, stack.shape[1], STRIP)
+    strips = [_merge_normals(stack[:, row : row + STRIP], whole) for row in rows]
+    values, spread = zip(*strips, strict=True)
+    return np.concatenate(values), np.concatenate(spread)
+
+
+def _merge_normals(stack: np.ndarray, whole: int | None) -> tuple[np.ndarray, np.ndarray]:
+    stack = np.ascontiguousarray(np.moveaxis(stack, -1, 0))  # [3, K, H, W]: planes are faster
+    known = ~np.isnan(stack[0])
+    votes = _votes(len(known), whole) * known
+    safe = np.where(np.isnan(stack), np.float32(0), stack)
+    likeness = _dot(safe, (votes * safe).sum(1))  # to all others together
     best = np.where(known, likeness, -np.inf).argmax(0)
-    middle = np.take_along_axis(safe, best[None, ..., None], 0)[0]
-    nearness = _biweight(np.sqrt(_chord_squared(safe, middle) / _CHORD_SQUARED))
-    votes = votes * nearness[..., None]
-    mean = (votes * safe).sum(0)
-    values = mean / np.maximum(np.sqrt(_dot(mean, mean)), 1e-12)[..., None]
+    middle = np.take_along_axis(safe, best[None, None], 1)[:, 0]
+    votes = votes * _biweight(np.sqrt(_chord_squared(safe, middle) / _CHORD_SQUARED))
+    mean = (votes * safe).sum(1)
+    values = mean / np.maximum(np.sqrt(_dot(mean, mean)), 1e-12)
     chord = np.sqrt(np.where(known, _chord_squared(safe, values), np.nan))
     spread = np.degrees(2 * np.arcsin(np.minimum(chord / 2, 1)))  # exact near 0, unlike arccos
     none = _mostly_unknown(~known, whole)
-    values, spread = values.astype(np.float32), _mean_known(spread)
+    values, spread = np.stack(tuple(values), -1).astype(np.float32), _mean_known(spread)
     values[none], spread[none] = np.nan, np.nan
     return values, spread
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[..., 3] x [..., 3] -> [...]; three products are faster than a sum over a short axis."""
-    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
+    """[3, ..., H, W] x [3, H, W] -> [..., H, W]."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def _chord_squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    gap = a - b
+    """[3, K, H, W], [3, H, W] -> [K, H, W]."""
+    gap = a - b[:, None]
     return _dot(gap, gap)
 
 

@@ -12,7 +12,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from teacher.jobs.commit import create_exclusive, discard, patiently, publish, temporary_beside
+from teacher.errors import EnvironmentFailure
+from teacher.jobs.commit import (
+    create_exclusive,
+    discard,
+    is_bad_sector,
+    patiently,
+    publish,
+    temporary_beside,
+)
 from teacher.label import Label
 from teacher.shards import (
     DamagedLabelSetError,
@@ -100,26 +108,34 @@ class ShardWriter:
 
         Another worker may have named its tar first (and may have been killed before sealing it).
         That tar was whole and synced before it got its name: it is sealed, never replaced, unless
-        the disk has damaged it since.
+        the disk has damaged it since or cannot read it any more.
         """
         link = lambda: publish(self.temporary, self.final)  # noqa: E731
+        look = lambda: self._seal_of_named(seal)  # noqa: E731
         for _ in range(2):
-            if (
-                patiently(link, what=f"naming {self.final}")
-                or hash_file(self.final) == seal["sha256"]
-            ):
+            if patiently(link, what=f"naming {self.final}"):
                 return seal
             inode = self.final.stat().st_ino
             try:
-                return seal_of(self.final, adopt(self.final, self.rows), plan_hash=self.plan_hash)
+                return patiently(look, what=f"reading {self.final}")
             except DamagedLabelSetError:
-                if self.final.with_suffix(".json").exists():
-                    return seal  # sealed by now: not ours to touch, `distill check` judges it
-                discard(self.final, inode=inode)
+                pass
+            except EnvironmentFailure as failure:
+                if not is_bad_sector(failure):
+                    raise
+            if self.final.with_suffix(".json").exists():
+                return seal  # sealed by now: not ours to touch, `distill check` judges it
+            discard(self.final, inode=inode)
         raise DamagedLabelSetError(
             f"{self.final}: an unsealed, unreadable file stands under the final name and came back "
             "after it was deleted. Look at the disk, then start again."
         )
+
+    def _seal_of_named(self, seal: dict[str, Any]) -> dict[str, Any]:
+        """The seal of the tar that has the name, which may be somebody else's."""
+        if hash_file(self.final) == seal["sha256"]:
+            return seal
+        return seal_of(self.final, adopt(self.final, self.rows), plan_hash=self.plan_hash)
 
     def abandon(self) -> None:
         """Remove the temporary file; a committed shard is untouched."""
@@ -133,7 +149,8 @@ class ShardWriter:
 def adopt(tar_path: Path, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows for a tar that somebody else wrote for the same plan: its content decides the states.
 
-    `DamagedLabelSetError` unless every sample's own checksums prove it (see `prove`).
+    `DamagedLabelSetError` unless every sample's own checksums prove it (see `prove`); an error of
+    the disk is raised as it is.
     """
     found: dict[str, tuple[int, int]] = {}
     try:
@@ -151,7 +168,7 @@ def adopt(tar_path: Path, planned: list[dict[str, Any]]) -> list[dict[str, Any]]
                 )
             if any(file.read()):
                 raise ValueError("bytes after the last sample")
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise DamagedLabelSetError(f"{tar_path}: not a whole, unsealed shard ({error}).") from error
     if strange := set(found) - {row["key"] for row in planned}:
         raise DamagedLabelSetError(f"{tar_path}: holds {sorted(strange)[:3]}, not of this plan.")

@@ -116,8 +116,13 @@ def read_dataset(folder: Path) -> dict[str, Any]:
             f"{folder}: no {DATASET} in it, so this is not a label set. `distill label` and "
             "`distill scenes` make one."
         )
+    return parse_dataset(path.read_bytes(), path)
+
+
+def parse_dataset(data: bytes, path: str | Path) -> dict[str, Any]:
+    """The content of a ``dataset.json`` that stands at ``path``, for `DamagedLabelSetError`."""
     try:
-        dataset = json.loads(path.read_bytes())
+        dataset = json.loads(data)
         known = dataset["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
         known = False

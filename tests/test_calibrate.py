@@ -1,6 +1,7 @@
 """Signs of doubt by hand; calibrated confidence against a teacher whose mistakes are planned."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from teacher.confidence import Calibration, Domain
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.jobs import run as jobs
+from teacher.jobs.helpers import Helper
 from teacher.label import Answer, Camera, Label, Space, Task
 from teacher.store import LabelSet, write_label_set
 
@@ -429,6 +431,27 @@ def test_a_job_refuses_a_calibration_that_cannot_hold(grey, tmp_path, change, me
     with pytest.raises(UsageError, match=message):
         job(grey, tmp_path / "labels", **change)
     assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("how", ["workers", "helpers"])
+def test_other_processes_give_the_calibrated_bytes_of_one(grey, tmp_path, monkeypatch, how):
+    """``workers`` load teacher and calibration themselves; helpers are sent the calibration."""
+    job(grey, tmp_path / "one")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    asked = []
+    if how == "helpers":
+        ask = Helper.ask
+        for place, value in (("engines.HELPED_FROM", 1), ("helpers.WORTH_BYTES", 0),
+                             ("helpers.START_WAIT_S", 60.0)):  # fmt: skip
+            monkeypatch.setattr(f"teacher.jobs.{place}", value)
+        monkeypatch.setattr(Helper, "ask", lambda *a: (asked.append(1), ask(*a))[1])
+    done = job(grey, tmp_path / "more", workers=2 if how == "workers" else 1)
+    assert done["labelled"] == 7 and len(asked) == (7 if how == "helpers" else 0)
+    shards = sorted(p.name for p in (tmp_path / "one").glob("*.tar"))
+    assert len(shards) == 2
+    for name in shards:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "more" / name).read_bytes()
+    assert sum(bool(x.confidence) for x in LabelSet(tmp_path / "more")) >= 4
 
 
 def test_the_domains_limit_is_that_of_images_left_out():

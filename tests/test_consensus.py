@@ -55,6 +55,26 @@ def test_what_most_answers_to_the_whole_image_do_not_know_is_unknown():
     assert (found[0, 1:] == [0, 0, 1]).all() and (spread[0, 1:] == 0).all()
 
 
+def test_a_pixel_is_merged_by_itself_and_the_residual_is_the_lower_median():
+    """Also across the strips in which normals are merged; an unknown residual ranks last."""
+    rng = np.random.default_rng(1)
+    stack = rng.normal([0, 0, 1], 0.2, (5, 70, 6, 3)).astype(np.float32)
+    stack /= np.linalg.norm(stack, axis=-1, keepdims=True)
+    stack[rng.random(stack.shape[:3]) < 0.3] = NAN
+    found = consensus.merge_normals(stack, whole=3)
+    alone = [consensus.merge_normals(stack[:, [row]], whole=3) for row in range(70)]
+    for one, parts in zip(found, zip(*alone, strict=True), strict=True):
+        np.testing.assert_array_equal(one, np.concatenate(parts))
+    for members in range(2, 7):
+        residuals = rng.integers(0, 9, (members, 8, 9)).astype(np.float32)
+        residuals[rng.random(residuals.shape) < 0.4] = NAN
+        answers = [depth_answer(np.ones((8, 9))) for _ in residuals]
+        for answer, residual in zip(answers, residuals, strict=True):
+            answer.residual = residual
+        expected = np.sort(residuals, axis=0)[(members - 1) // 2]  # NaN last
+        np.testing.assert_array_equal(consensus.merge(answers).residual, expected)
+
+
 def test_raw_spread_sees_scale_and_aligned_spread_does_not():
     truth = np.linspace(1, 5, 64).reshape(8, 8)
     factors = np.array([0.9, 1.0, 1.1])

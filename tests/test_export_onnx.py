@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_cases import CLASSES, HEIGHT, WIDTH, make_student, picture
+from export_cases import CLASSES, HEIGHT, WIDTH, hand_made, make_labels, make_student, picture
 from onnx import TensorProto, helper, numpy_helper
 
 from export import onnx_files
@@ -18,6 +18,7 @@ from export.artefact import (
     card_from_metadata,
     card_to_metadata,
 )
+from export.lowering import recarded
 from export.onnx_files import check_rules, check_sizes, read_model
 from export.onnx_graph import export_student
 from export.parity import gap
@@ -96,6 +97,36 @@ def test_a_refused_licence_stops_the_export_and_names_the_ancestor(tmp_path):
         export_student(**options, licence={"refuse": "custom"})
     assert not (tmp_path / "e").exists()
     assert export_student(**options, licence={"refuse": ["copyleft"]})["exit"] == 0
+
+
+def test_calibration_images_are_ancestors_of_what_they_calibrate(tmp_path, monkeypatch):
+    """Of the lowered graphs and of the export as a whole; fp32 does not descend from them."""
+    student = make_student(tmp_path / "s.safetensors", tasks=("depth",))
+    meta = make_labels(tmp_path / "labels", tasks=("depth",)).path / "dataset.json"
+    stated = json.loads(meta.read_text()) | {"licences": {"images": "CC-BY-NC-4.0"}}
+    meta.write_text(json.dumps(stated))
+    options = {"checkpoint": str(student), "out": str(tmp_path / "e")}
+    options |= {"precision": ["fp32", "fp16"], "calibration": str(tmp_path / "labels")}
+    with pytest.raises(LicenceRefusedError, match=r"calibration images images: CC-BY-NC-4\.0"):
+        export_student(**options, licence={"refuse": ["non-commercial"]})
+    assert not (tmp_path / "e").exists()
+
+    def quick(student, card):
+        model = hand_made(tmp_path / "quick.onnx")
+        helper.set_model_props(model, card_to_metadata(card))
+        return model
+
+    lowered = lambda model, names, **_: [("fp16", recarded(model, "fp16"), {})]  # noqa: E731
+    monkeypatch.setattr("export.onnx_graph.to_onnx", quick)
+    monkeypatch.setattr("export.lowering.lower_all", lowered)
+    told = export_student(**options, licence={"refuse": ["copyleft"]})["card"]
+    for name, named in (("student.onnx", False), ("student.fp16.onnx", True)):
+        props = {p.key: p.value for p in onnx.load(tmp_path / "e" / name).metadata_props}
+        card = card_from_metadata(props, where=name)
+        assert ("calibration images" in " ".join(card.licences)) == named, name
+    assert card.licences == tuple(told["licences"])
+    unused = options | {"out": str(tmp_path / "f"), "precision": ["fp32"]}
+    export_student(**unused, licence={"refuse": ["non-commercial"]})
 
 
 def test_the_readiness_table_lies_beside_the_graphs(exported):

@@ -19,7 +19,7 @@ from image_cases import P3_XYZ, WHOLE, encoded, orientation_tag, png, profile, t
 from PIL import Image
 from test_faults import jobs, photos, place, reference  # noqa: F401 - fixtures
 
-from teacher import shards
+from teacher import shard_writer, shards
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.images import decode
 from teacher.jobs.commit import Lease
@@ -109,6 +109,35 @@ def test_a_shard_on_a_bad_sector_is_labelled_again(whole_set, monkeypatch):
     found = set_aside_damaged(whole_set, range(3), meta, threads=1)
     assert found == {1: "shard-000001: cannot be read: Input/output error"}
     assert len(stamps(whole_set)) == 4
+
+
+def test_an_unsealed_tar_on_a_bad_sector_is_replaced(photos, reference, whole_set, monkeypatch):  # noqa: F811
+    """Left by a dead worker. Nothing of it is trusted, and nothing that is sealed is touched."""
+    monkeypatch.setattr("teacher.jobs.commit.time.sleep", lambda _: None)
+    tar = whole_set / "shard-000001.tar"
+    tar.with_suffix(".json").unlink()
+    real, number, bad = shard_writer.hash_file, errno.ESTALE, tar.stat().st_ino
+
+    def hashed(path):
+        if path.stat().st_ino == bad:
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    monkeypatch.setattr(shard_writer, "hash_file", hashed)
+    before = stamps(whole_set)
+    with pytest.raises(EnvironmentFailure, match=r"shard-000001\.tar: Stale .*five times"):
+        label(**options(photos, whole_set))  # may pass: it stays
+    assert stamps(whole_set) == before
+    number = errno.EIO
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O")))
+        with pytest.raises(EnvironmentFailure, match=r"I/O .*5 times in a row"):
+            label(**options(photos, whole_set))
+    assert stamps(whole_set) == before
+    label(**options(photos, whole_set))
+    assert_whole(whole_set, reference)
+    after = stamps(whole_set)
+    assert {n for n in after if after[n] != before.get(n)} == {tar.name, "shard-000001.json"}
 
 
 @pytest.mark.slow

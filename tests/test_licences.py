@@ -96,6 +96,24 @@ MARIGOLD = {
         ("Apache-2.0 code, weights for research use", ["non-commercial"]),
         ("Apache-2.0: no restrictions on commercial use", []),
         ("MIT, except for weapons", ["custom"]),
+        # "mit" is German for "with"
+        ("mit", []),
+        ("mit-0", []),
+        ("MIT-0", []),
+        ("MIT License", []),
+        ("MIT LICENSE", []),
+        ("the mit licence", []),
+        ("Released under MIT", []),
+        ("(MIT OR Apache-2.0)", []),
+        ("MIT-Lizenz", []),
+        ("Daten mit Erlaubnis des Instituts", ["custom"]),
+        ("Mit Genehmigung der Urheber", ["custom"]),
+        ("DATEN MIT NAMENSNENNUNG", ["custom"]),
+        ("Nutzung mit Angabe der Quelle", ["custom"]),
+        ("mit freundlicher Unterstützung von ACME", ["custom"]),
+        ("nur mit Vertrag", ["custom"]),
+        ("Lizenz MIT, aber nicht für Waffen", ["custom"]),
+        ("summit, permit, mitigate", ["custom"]),
         ("Answers may not be used to train models", ["no-training"]),
         ("not to be used to develop competing models", ["no-training"]),
         ("no use of output to build products that compete with us", ["no-training"]),
@@ -275,3 +293,25 @@ def test_a_tar_of_a_label_set_brings_the_ledger_beside_it(restricted, tmp_path):
         {"name": "truth"}, images_licence=None, origins=open_source(f"{both}/**/*.tar").origins
     )
     assert [e["licence"] for e in ledger if e["role"] == "images"] == ["", "CC-BY-NC-4.0"]
+
+
+def test_a_tar_behind_a_url_brings_the_ledger_beside_it(restricted, balls, tmp_path):
+    """As a local one does: by its own URL, by that of its folder, or of one above."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in restricted.iterdir():
+        memory.pipe(f"/rooms/set/{path.name}", path.read_bytes())
+    memory.pipe("/rooms/alone/shard.tar", (restricted / "shard-000000.tar").read_bytes())
+    urls = ["memory://rooms/set/shard-000000.tar", "memory://rooms/set", f"file://{restricted}"]
+    for url in [*urls, f"file://{restricted}/shard-000001.tar"]:
+        assert [of_label_set(o) for o in open_source(url).origins] == [ledger_of(restricted)]
+        with pytest.raises(LicenceRefusedError, match=r"from\n  images images: CC-BY-NC-4\.0"):
+            copied(balls, url, tmp_path / "set", refuse=["non-commercial"])
+    assert not (tmp_path / "set").exists()
+    copied(balls, urls[1], tmp_path / "set", images="MIT", refuse=["non-commercial"])
+    assert open_source("memory://rooms/alone").origins == [{}]
+    assert len(open_source("memory://rooms").origins) == 2
+    for broken in (b"{", b'{"format": "coco"}'):
+        memory.pipe("/rooms/set/dataset.json", broken)
+        assert open_source(urls[0]).origins == [{}]

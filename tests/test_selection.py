@@ -151,9 +151,10 @@ def test_a_selection_replaces_nothing_but_a_selection(tmp_path, balls):
 
     labels = write_balls(tmp_path / "set", 4)
     before = {p.name: p.read_bytes() for p in labels.iterdir()}
+    foreign = r"out=.*found .*a new file or an earlier|the label set's own files"
     for name in ("dataset.json", "shard-000000.json", "shard-000000.tar", "."):
         for verb in (select, check):
-            with pytest.raises(UsageError, match=r"out=.*found .*a new file or an earlier"):
+            with pytest.raises(UsageError, match=foreign):
                 verb(labels=str(labels), out=str(labels / name))
     assert {p.name: p.read_bytes() for p in labels.iterdir()} == before
     for verb, other in ((select, check), (check, select)):
@@ -164,6 +165,32 @@ def test_a_selection_replaces_nothing_but_a_selection(tmp_path, balls):
             other(labels=str(labels), out=str(out))
     with pytest.raises(UsageError, match=r"cannot be written .*an out= elsewhere"):
         select(labels=str(labels), out=str(labels / "dataset.json" / "s.json"))
+
+
+def test_names_of_a_label_sets_own_files_are_refused_before_they_exist(tmp_path):
+    """Else the next shard of the set, or its index, would find its name taken."""
+    from teacher.jobs.check import check
+    from teacher.jobs.commit import Lease, temporary_beside
+
+    labels = write_balls(tmp_path / "set", 4)
+    (labels / "dataset.json").rename(tmp_path / "about.json")  # also of a set that lost it
+    hidden = Lease(labels, "shard-000007").path, temporary_beside(labels / "shard-000007.tar")
+    own = ["dataset.json", "index.parquet", "run.json", "shard-000007.tar", "shard-1000000.json"]
+    paths = [*hidden, *(labels / name for name in own)]
+    with pytest.raises(UsageError, match="the label set's own files"):
+        check(labels=str(labels), out=str(labels / "dataset.json"))
+    (tmp_path / "about.json").rename(labels / "dataset.json")
+    (labels / "index.parquet").unlink()
+    before = sorted(labels.iterdir())
+    for path in paths:
+        for verb in (select, check):
+            with pytest.raises(UsageError, match=r"out=.*own files; expected another.*out="):
+                verb(labels=str(labels), out=str(path))
+    assert sorted(labels.iterdir()) == before
+    for name in ("shard-7.csv.json", "my-run.json"):
+        assert select(labels=str(labels), out=str(labels / name))["exit"] == 0
+    elsewhere = tmp_path / "run.json"
+    assert select(labels=str(labels), out=str(elsewhere))["exit"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Sources beyond folders: tars (hostile ones too), tables, videos, URLs; and the key cache."""
 
 import io
+import os
+import shutil
 import struct
 import tarfile
 
@@ -8,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.images import ImageError, decode, encode_png
 from teacher.jobs.containers import TableSource, TarSource
-from teacher.jobs.plan import HashCache, content_keys
+from teacher.jobs.plan import HashCache, content_keys, make_plan
 from teacher.jobs.sources import open_source
 from teacher.jobs.videos import VideoSource
 from teacher.store import content_key
@@ -107,7 +109,7 @@ def test_a_tar_with_very_many_members_is_listed_in_order(tmp_path):
     assert len(TarSource(path).list()) == 20_000
 
 
-@pytest.mark.parametrize("layout", ["hugging face", "bytes", "arrow"])
+@pytest.mark.parametrize("layout", ["hugging face", "bytes", "arrow", "arrow file", "capitals"])
 def test_tables(tmp_path, layout):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -115,15 +117,61 @@ def test_tables(tmp_path, layout):
     rows = [{"bytes": png, "path": f"{i}.png"} for i, png in enumerate(PNGS)]
     column = {"image": rows} if layout == "hugging face" else {"jpg": PNGS}
     table = pa.table(column | {"label": list(range(5))})
-    path = tmp_path / ("t.arrow" if layout == "arrow" else "t.parquet")
-    if layout == "arrow":
-        with pa.ipc.new_stream(path, table.schema) as writer:
+    suffix = "arrow" if "arrow" in layout else "parquet"
+    path = tmp_path / (f"T.{suffix.upper()}" if layout == "capitals" else f"t.{suffix}")
+    if suffix == "arrow":
+        new = pa.ipc.new_file if layout == "arrow file" else pa.ipc.new_stream
+        with new(path, table.schema) as writer:
             writer.write_table(table)
     else:
         pq.write_table(table, path, row_group_size=2)
     source = TableSource(path)
     assert [source.read(uri) for uri in source.list()] == PNGS
     assert source.key("000000003") == content_key(PNGS[3])
+
+
+@pytest.mark.parametrize("compression", ["gzip", "snappy"])
+def test_a_damaged_part_of_a_table_costs_its_rows(tmp_path, compression):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"jpg": PNGS}), path, row_group_size=2, compression=compression)
+    data = bytearray(path.read_bytes())
+    data[4:40] = bytes(36)  # the head of the first page
+    path.write_bytes(data)
+    source = TableSource(path)
+    keys = [source.key(uri) for uri in source.list()]
+    assert len(set(keys)) == 5 and keys[2:] == [content_key(png) for png in PNGS[2:]]
+    for uri in source.list()[:2]:
+        with pytest.raises(ImageError, match=rf"row {uri} of t\.parquet is damaged"):
+            source.read(uri)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):  # the disk's fault is not the image's
+        TableSource.read(source, "000000000")
+
+
+def test_two_inputs_of_one_name_are_refused(tmp_path):
+    """One of them would be read for both."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "b.png", PNGS[0])
+    (tmp_path / "a.tar::b.png").write_bytes(PNGS[1])
+    with pytest.raises(UsageError, match=r"two inputs have the name 'a\.tar::b\.png'"):
+        make_plan(open_source(str(tmp_path)), shard_size=4, batch_size=1, facts={})
+
+
+def test_a_table_behind_a_url_is_not_taken_for_the_file_here_of_that_name(tmp_path, monkeypatch):
+    import fsspec
+    import pyarrow as pa
+
+    for number, data in enumerate(PNGS[:2]):
+        table = pa.table({"jpg": [data]})
+        with pa.ipc.new_stream(tmp_path / f"{number}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    fsspec.filesystem("memory").pipe("/tables/0.arrow", (tmp_path / "1.arrow").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    source = open_source("memory://tables")
+    assert source.read("0.arrow::000000000") == PNGS[1]
 
 
 def test_a_table_without_images_lists_its_columns(tmp_path):
@@ -178,6 +226,9 @@ def test_a_broken_video_and_a_silly_rate_are_refused(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"\0" * 500)
     with pytest.raises(UsageError, match="not a readable video"):
         VideoSource(tmp_path / "x.mp4", fps=1.0, scene_change=None)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(UsageError, match=r"empty\.mp4: not a readable video \(it is empty"):
+        VideoSource(tmp_path / "empty.mp4", fps=1.0, scene_change=None)
     with pytest.raises(UsageError, match="more than 0 frames"):
         VideoSource(tmp_path / "x.mp4", fps=0, scene_change=None)
 
@@ -243,6 +294,22 @@ def test_a_video_without_pictures_and_several_broken_files_are_named(tmp_path):
         VideoSource(tmp_path / "sound.mp4", fps=1.0, scene_change=-1)
 
 
+@pytest.mark.parametrize(
+    "text", [b"a.png\nb \xe4.png", b"\xef\xbb\xbfa.png\r\n\r\n  \r\nb \xe4.png\r\n"]
+)
+def test_a_list_as_windows_or_an_old_disk_writes_it(tmp_path, text):
+    """Marked UTF-8, CR LF, empty lines; a name that is no UTF-8."""
+    (tmp_path / "a.png").write_bytes(PNGS[0])
+    (tmp_path / os.fsdecode(b"b \xe4.png")).write_bytes(PNGS[1])
+    (tmp_path / "LIST.TXT").write_bytes(text)
+    source = open_source(str(tmp_path / "LIST.TXT"))
+    assert source.list() == ["a.png", "b \\xe4.png"]
+    assert [source.read(uri) for uri in source.list()] == PNGS[:2]
+    (tmp_path / "LIST.TXT").write_bytes("a.png\n".encode("utf-16"))
+    with pytest.raises(UsageError, match="of its lines name no file"):
+        open_source(str(tmp_path / "LIST.TXT"))
+
+
 def test_a_pattern_that_ends_in_two_stars_means_files(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("x.png", "a/y.png", "a/b/z.png"):
@@ -266,7 +333,7 @@ def test_a_folder_may_mix_everything(tmp_path):
     assert [decode(source.read(u)).shape[2] for u in source.list()] == [3] * 4
 
 
-def test_any_fsspec_url(tmp_path):
+def test_any_fsspec_url(monkeypatch):
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -284,6 +351,49 @@ def test_any_fsspec_url(tmp_path):
         open_source("memory://texts")
     with pytest.raises(UsageError, match="cannot be listed"):
         open_source("nosuchprotocol://x")
+    monkeypatch.setattr(memory, "find", lambda _: (_ for _ in ()).throw(RuntimeError("no route")))
+    with pytest.raises(EnvironmentFailure, match=r"cannot be listed \(no route\)"):
+        open_source("memory://photos")
+
+
+def test_what_a_store_says_in_its_own_words_is_an_error_of_the_disk(monkeypatch):
+    """Libraries of object stores raise exceptions of their own; 4 of 5 attempts may fail."""
+    import fsspec
+
+    class StoreError(Exception):
+        status = 500
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/flaky/a.png", PNGS[0])
+    source, left = open_source("memory://flaky"), 4
+
+    def flaky(path):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise StoreError("try again")
+        return PNGS[0]
+
+    monkeypatch.setattr("teacher.jobs.commit.WAITS_S", (0.0,) * 4)
+    monkeypatch.setattr(source.files, "cat_file", flaky)
+    assert content_keys(source, ["a.png"], threads=1) == [content_key(PNGS[0])]
+    left, StoreError.status = 99, 403
+    with pytest.raises(UsageError, match=r"'a\.png' cannot be read"):
+        content_keys(source, ["a.png"], threads=1)
+
+
+def test_the_index_of_a_label_set_is_no_table_of_images(tmp_path, balls):
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shutil.copytree(balls, tmp_path / "in" / "set")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(balls), "/balls", recursive=True)
+    for place in (str(tmp_path / "in"), "memory://balls"):
+        assert len(open_source(place).list()) == 10
+    pq.write_table(pa.table({"jpg": PNGS}), tmp_path / "in" / "index.parquet")
+    assert len(open_source(str(tmp_path / "in")).list()) == 15
 
 
 class CountingSource:

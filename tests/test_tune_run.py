@@ -94,18 +94,24 @@ def test_the_card_carries_the_ledger_of_data_and_start_weights(rooms, tmp_path):
     free = about | {"licences": {"images": "Apache-2.0 (scenes)"}}
     shutil.copytree(tmp_path / "nc", tmp_path / "free")
     (tmp_path / "free" / "dataset.json").write_text(json.dumps(free))
+    barred = {"licence": {"refuse": ["non-commercial"]}}
+    with pytest.raises(LicenceRefusedError, match=r"(?s)generator .*training images images"):
+        tune(**options(str(tmp_path / "nc"), tmp_path / "a", steps=1), **barred)
+    assert not (tmp_path / "a").exists()
     first = tune(**options(str(tmp_path / "nc"), tmp_path / "a", steps=1))["weights"]
     card = MiniGenerator.from_pretrained(first).card
     assert card["license"] == "not stated: see licences"
     begun = options(str(tmp_path / "free"), tmp_path / "b", steps=1, network=None)
     second = tune(**begun, init=first)["weights"]
     tune(**begun | {"steps": 2, "network": TINY})  # resumed without init
+    with pytest.raises(LicenceRefusedError, match=r"training images images: CC-BY-NC"):
+        tune(**begun | {"steps": 3, "network": TINY}, **barred)
     found = of_teacher(MiniTeacher(weights=second).describe())
     assert ("training images", "CC-BY-NC-4.0") in [(e["role"], e["licence"]) for e in found]
     with pytest.raises(LicenceRefusedError, match=r"training images images: CC-BY-NC-4\.0"):
         refuse(for_label_job(MiniTeacher(weights=second).describe(), images_licence="MIT"),
                ["non-commercial"], what="x")  # fmt: skip
-    clean = tune(**options(str(tmp_path / "free"), tmp_path / "c", steps=1))["weights"]
+    clean = tune(**options(str(tmp_path / "free"), tmp_path / "c", steps=1), **barred)["weights"]
     assert MiniGenerator.from_pretrained(clean).card["license"] == "Apache-2.0"
     assert "licences" not in MiniTeacher().describe()  # the shipped one is of our own scenes
 

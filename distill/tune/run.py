@@ -24,7 +24,7 @@ from distill.tune.scenes_cache import Scenes, load_scenes
 from distill.tune.stream import Plan, Stream, split
 from teacher.errors import UsageError
 from teacher.jobs.commit import replace_atomically
-from teacher.jobs.licences import entry, inherited, merged, of_label_set, read_ledger
+from teacher.jobs.licences import entry, inherited, merged, of_label_set, read_ledger, refuse
 from teacher.prompts import KINDS
 from teacher.store import read_dataset
 
@@ -61,6 +61,7 @@ def tune(
     device: str = "cpu",
     seed: int = 0,
     network: dict[str, int] | None = None,
+    licence: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a generator on scenes with truth; call it again with the same ``out`` to continue.
 
@@ -86,6 +87,7 @@ def tune(
         threads, device: where to compute.
         seed: of everything random.
         network: `MiniNet` sizes that differ from its defaults.
+        licence: ``refuse``: terms that no ancestor may have (`teacher.jobs.licences.TERMS`).
     """
     if teacher != "mini":
         raise UsageError(
@@ -97,6 +99,9 @@ def tune(
     began = time.monotonic()
     torch.set_num_threads(threads)
     folder = Path(out)
+    sets = [data] if isinstance(data, str) else data
+    begun = ancestors(folder, sets, init)
+    refuse(begun, (licence or {}).get("refuse", []), what=f"generator {out}")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         scenes = load_scenes(data, cache=str(folder / "cache"))
@@ -113,7 +118,8 @@ def tune(
                 f"{data}: {len(scenes)} scenes leave {len(train)} to train on and {len(back)} to"
                 f" validate with held_back={held_back}; render more scenes or change the share"
             )
-        ledger = ancestors(folder, [data] if isinstance(data, str) else data, init)
+        ledger = ancestors(folder, sets, init)  # again: another run may just have ended here
+        replace_atomically(folder / LICENCES, json.dumps(ledger, indent=1).encode() + b"\n")
         plan = Plan(generate_steps, small_steps, steps, retention, weights)
         torch.manual_seed(seed)
         module = _module(network, init, plan, lr, warmup, decay, ema)
@@ -167,7 +173,7 @@ def tune(
 
 
 def ancestors(folder: Path, data: Sequence[str], init: str | None) -> list[dict[str, Any]]:
-    """The licence ledger of the run, kept in ``licences.json``; a resumed run forgets no ancestor.
+    """The licence ledger of the run, with that of its earlier slices from ``licences.json``.
 
     A start card without ``licences`` brings its ``license``; that of the shipped weights is ours.
     """
@@ -181,9 +187,7 @@ def ancestors(folder: Path, data: Sequence[str], init: str | None) -> list[dict[
         card = MiniGenerator.from_pretrained(init).card
         found.append([entry("start weights", Path(init).name, card.get("license"))])
         found.append(read_ledger(card.get("licences")))
-    ledger = read_ledger(merged(*found))
-    replace_atomically(kept, json.dumps(ledger, indent=1).encode() + b"\n")
-    return ledger
+    return read_ledger(merged(*found))
 
 
 @contextlib.contextmanager

@@ -26,6 +26,10 @@ R = TypeVar("R")
 TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
 WAITS_S = (0.1, 0.5, 2.0, 5.0)  # before the second, third ... attempt
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+# the names in a label set's folder that are its own, whether they exist yet or not
+OWN_NAMES = re.compile(
+    r"dataset\.json|index\.parquet|run\.json|shard-\d+\.(tar|json)|\..+\.(lease|tmp)"
+)
 OWNER = re.compile(r"\.(?P<of>.+)\.(?P<host>[^.~]+)~(?P<pid>\d+)~[0-9a-f]+\.tmp")
 
 
@@ -83,6 +87,11 @@ def patiently(work: Callable[[], R], *, what: str) -> R:
                 ) from error
             time.sleep(wait_s)
     raise AssertionError
+
+
+def is_bad_sector(failure: EnvironmentFailure) -> bool:
+    """Whether `patiently` gave up over EIO: the file is damaged. No other error says that."""
+    return isinstance(failure.__cause__, OSError) and failure.__cause__.errno == errno.EIO
 
 
 def sync_directory(path: Path) -> None:
@@ -176,11 +185,23 @@ def replace_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def is_own_name(path: Path) -> bool:
+    """Whether a path lies in a label set's folder and has a name of its own files (`OWN_NAMES`)."""
+    within = (path.parent / "dataset.json").exists() or any(path.parent.glob("shard-*.json"))
+    return within and OWN_NAMES.fullmatch(path.name) is not None
+
+
 def claim_out(path: Path, *, fields: Set[str], what: str, form: str | None = None) -> None:
     """Refuse an ``out=`` that cannot be written, or that holds anything but an earlier ``what``.
 
     An earlier one is a JSON table with ``fields`` (and ``format`` ``form``); it may be replaced.
+    Names that a label set gives its own files are refused in its folder before they exist.
     """
+    if is_own_name(path):
+        raise UsageError(
+            f"out={path}: that is the name of one of the label set's own files; expected another "
+            f"name for a {what}. Choose another out=."
+        )
     if path.exists():
         try:
             with path.open("rb") as file:

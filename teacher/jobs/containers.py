@@ -7,6 +7,7 @@ member's name (``../x``, ``/etc/x``) is only a name, and links or devices are ne
 from __future__ import annotations
 
 import functools
+import io
 import os
 import tarfile
 import threading
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 from teacher.errors import UsageError
 from teacher.images import ImageError
+from teacher.jobs.commit import is_transient
 from teacher.label import Camera
 from teacher.shards import content_key
 
@@ -27,6 +29,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 VIDEO_SUFFIXES = frozenset(".mp4 .mov .m4v .mkv .avi .webm .mpg .mpeg".split())
 TABLE_SUFFIXES = frozenset((".parquet", ".arrow"))
+ARROW_FILE = b"ARROW1"  # how Arrow's file format begins; its stream format does not
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "content")
 MAX_MEMBER_BYTES = 1 << 30
 
@@ -219,12 +222,24 @@ class TableSource:
         while row >= self._groups[group][0]:
             row, group = row - self._groups[group][0], group + 1
         if getattr(self._cache, "group", None) != group:
-            self._cache.group, self._cache.column = group, self._groups[group][1]()
+            self._cache.column = self._column(uri, group)
+            self._cache.group = group
         value = self._cache.column[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ImageError(f"row {uri} of {self.file.path.name} holds no image bytes")
         return data
+
+    def _column(self, uri: str, group: int) -> Any:
+        """A row group's images; `ImageError` where arrow cannot decode it, which has no number."""
+        import pyarrow as pa
+
+        try:
+            return self._groups[group][1]()
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and (error.errno is not None or is_transient(error)):
+                raise
+            raise ImageError(f"row {uri} of {self.file.path.name} is damaged ({error})") from error
 
     def key(self, uri: str) -> str:
         """Hash of the bytes; of the row's number where there are none."""
@@ -254,7 +269,7 @@ def _image_column(path: Path, names: list[str]) -> str:
 
 def _row_groups(file: File) -> Iterator[tuple[int, Callable[[], Any]]]:
     """(rows, loader of the image column) for each row group or record batch."""
-    if file.path.suffix == ".parquet":
+    if file.path.suffix.lower() == ".parquet":
         import pyarrow.parquet as pq
 
         # closed at once and read in this thread: arrow's own threads lock up at exit over a file
@@ -271,8 +286,11 @@ def _row_groups(file: File) -> Iterator[tuple[int, Callable[[], Any]]]:
         return
     import pyarrow as pa
 
-    is_local = file.path.is_file()
-    with pa.memory_map(str(file.path)) if is_local else file.open() as data:
-        whole = pa.ipc.open_stream(data).read_all()
+    with file.open() as opened:
+        mapped = isinstance(opened, io.BufferedReader)  # a file of this machine
+        data = pa.memory_map(str(file.path)) if mapped else opened
+        as_file = data.read(len(ARROW_FILE)) == ARROW_FILE
+        data.seek(0)
+        whole = (pa.ipc.open_file if as_file else pa.ipc.open_stream)(data).read_all()
     column = _image_column(file.path, whole.schema.names)
     yield whole.num_rows, lambda: whole[column]

@@ -57,14 +57,17 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     ),
 )
 PERMISSIVE = (
-    r"\bapache(2(\.0)?)?\b|\bmit\b|\b0?bsd\b|\bcc0\b|\bcc ?by\b(?! (nc|nd|sa)\b)"
+    r"\bapache(2(\.0)?)?\b|\b0?bsd\b|\bcc0\b|\bcc ?by\b(?! (nc|nd|sa)\b)"
     r"|\bcreative commons attribution\b(?! (no|share))|\bpublic domain\b|\bunlicense\b|\bisc\b"
     r"|\bmpl\b|\bzlib\b|\bpddl\b|\bcdla permissive\b|\bodc by\b"
 )
+# "mit" is a German word: the name counts in capitals, before "License", or as the whole text
+MIT = r"\bMIT\b|(?i:\bmit licen[sc]e\b|^mit( 0)?$)"
 # beside these words a permissive name says too little
 RESTRICTING = (
     r"\b(but|except|unless|however|only|not?|never|cannot|restrict\w*|prohibit\w*|forbid\w*"
-    r"|limited|permission|consent)\b"
+    r"|limited|permission|consent|aber|nicht|nur|kein\w*|untersagt|verboten|erlaubnis"
+    r"|genehmigung)\b"
 )
 # left out before anything is looked for
 HARMLESS = r"\bno (attribution|warranty|copyright|rights reserved|(restriction|limit)s? on)\b"
@@ -144,15 +147,26 @@ def known_licence(name: str, *, folder: bool = False) -> str:
     return KNOWN[max(fits, key=len)] if fits else ""
 
 
+def spaced(licence: str) -> str:
+    """A licence text with one space for every run of spaces, dashes, underscores."""
+    return re.sub(r"[\s_\u00ad\u2010-\u2015\u2212-]+", " ", licence).strip()
+
+
 def plain(licence: str) -> str:
-    """A licence text in lower case with one space for every run of spaces, dashes, underscores."""
-    return re.sub(r"[\s_\u00ad\u2010-\u2015\u2212-]+", " ", licence.lower()).strip()
+    """The same in lower case."""
+    return spaced(licence).lower()
+
+
+def names_mit(licence: str) -> bool:
+    """Whether a text names the MIT licence; where all is in capitals, MIT's own say nothing."""
+    text = spaced(licence)
+    return bool(re.search(MIT, text if text != text.upper() else text.lower()))
 
 
 def terms_of(licence: str) -> list[str]:
     """The terms that a licence text names, by `PATTERNS`; ["unknown"] when it says nothing.
 
-    None for a name in `PERMISSIVE` with no word of `RESTRICTING` in the text.
+    None for a name in `PERMISSIVE`, or MIT, with no word of `RESTRICTING` in the text.
     """
     text = re.sub(HARMLESS, "", plain(licence)).strip()
     found = [term for pattern, term in PATTERNS if re.search(pattern, text)]
@@ -160,8 +174,8 @@ def terms_of(licence: str) -> list[str]:
         return found
     if text in ("", "unknown", "other", "none"):
         return ["unknown"]
-    free = re.search(PERMISSIVE, text) and not re.search(RESTRICTING, text)
-    return [] if free else ["custom"]
+    named = re.search(PERMISSIVE, text) or names_mit(licence)
+    return [] if named and not re.search(RESTRICTING, text) else ["custom"]
 
 
 def entry(role: str, name: str, licence: str | None = None) -> dict[str, Any]:

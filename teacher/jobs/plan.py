@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,9 @@ def _key(source: Source, uri: str) -> str:
     except OSError as error:
         theirs = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
         raise (UsageError if theirs else EnvironmentFailure)(
-            f"images: {uri!r} cannot be read ({error.strerror}). Expected every listed file to be "
-            "readable: an unreachable disk must not become a million rejected images. Mend or "
-            "remove it."
+            f"images: {uri!r} cannot be read ({error.strerror or error}). Expected every listed "
+            "file to be readable: an unreachable disk must not become a million rejected images. "
+            "Mend or remove it."
         ) from error
 
 
@@ -185,6 +186,11 @@ def make_plan(
 ) -> Plan:
     """Every input in its place: sorted by name, later copies of the same content as duplicates."""
     uris = source.list()
+    if twice := [a for a, b in pairwise(sorted(uris)) if a == b]:
+        raise UsageError(
+            f"images: two inputs have the name {twice[0]!r}; rename the file that is called like a "
+            "part of another one."
+        )
     first: set[str] = set()
     entries = []
     for uri, key in zip(uris, content_keys(source, uris, threads=threads), strict=True):

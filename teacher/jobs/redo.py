@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from teacher.errors import EnvironmentFailure
-from teacher.jobs.commit import Lease, discard, patiently
+from teacher.jobs.commit import Lease, discard, is_bad_sector, patiently
 from teacher.shards import DamagedLabelSetError, seal_path, shard_name, shard_problem
 
 
@@ -45,10 +46,9 @@ def _problem(folder: Path, number: int, meta: dict[str, Any]) -> str:
     try:
         return patiently(lambda: shard_problem(folder, number, meta), what=f"reading {name}")
     except EnvironmentFailure as failure:
-        error = failure.__cause__
-        if not isinstance(error, OSError) or error.errno != errno.EIO:
+        if not is_bad_sector(failure):
             raise
-        return f"{name}: cannot be read: {error.strerror}"
+        return f"{name}: cannot be read: {os.strerror(errno.EIO)}"
 
 
 def _set_aside(folder: Path, number: int, meta: dict[str, Any]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from teacher.errors import UsageError
+from teacher.errors import EnvironmentFailure, UsageError
 from teacher.jobs.containers import File
 from teacher.label import Camera
 from teacher.shards import content_key
@@ -21,19 +21,19 @@ class RemoteFiles:
         try:
             self.files, root = fsspec.core.url_to_fs(url)
             found = self.files.find(root)
-        except (ValueError, ImportError, OSError) as error:
-            raise UsageError(f"images={url}: cannot be listed ({error}).") from error
+        except Exception as error:  # stores have errors of their own
+            theirs = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
+            raise (UsageError if theirs else EnvironmentFailure)(
+                f"images={url}: cannot be listed ({error})."
+            ) from error
         self.root = root.rstrip("/")
+        if found == [self.root]:  # the URL is that of one file
+            self.root = self.root.rpartition("/")[0]
         self.left_out: Counter[str] = Counter()
-        self.names = [self._name(path) for path in sorted(found)]
-
-    def _name(self, path: str) -> str:
-        inside = path.removeprefix(self.root).lstrip("/")
-        return inside or PurePosixPath(path).name  # the URL is that of one file
+        self.names = [path.removeprefix(self.root).lstrip("/") for path in sorted(found)]
 
     def _path(self, uri: str) -> str:
-        alone = self.names == [uri] and PurePosixPath(self.root).name == uri
-        return self.root if alone else f"{self.root}/{uri}"
+        return f"{self.root}/{uri}"
 
     def file(self, uri: str) -> File:
         """A file that holds several images: opened where it lies, read by offset."""
@@ -41,6 +41,19 @@ class RemoteFiles:
         return File(
             path=Path(uri), open=lambda: self.files.open(path, "rb"), stamp=lambda: self._mark(path)
         )
+
+    def beside(self, uri: str, name: str) -> bytes:
+        """The file ``name`` of the folder that ``uri`` lies in."""
+        return self._cat(f"{self._path(uri).rpartition('/')[0]}/{name}")
+
+    def _cat(self, path: str) -> bytes:
+        try:
+            return self.files.cat_file(path)
+        except OSError:
+            raise
+        except Exception as error:  # stores have errors of their own
+            refused = getattr(error, "status", None) in (401, 403)
+            raise (PermissionError if refused else ConnectionError)(str(error)) from error
 
     def keyed_by_bytes(self, uri: str) -> bool:
         """Always."""
@@ -52,7 +65,7 @@ class RemoteFiles:
 
     def read(self, uri: str) -> bytes:
         """The object's bytes."""
-        return self.files.cat_file(self._path(uri))
+        return self._cat(self._path(uri))
 
     def key(self, uri: str) -> str:
         """Hash of the object."""

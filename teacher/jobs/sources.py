@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, Protocol
 
 from teacher.errors import UsageError
 from teacher.images import ImageError
+from teacher.jobs.commit import patiently
 from teacher.jobs.containers import (
     IMAGE_SUFFIXES,
     MAX_MEMBER_BYTES,
@@ -27,7 +28,7 @@ from teacher.jobs.remote import RemoteFiles
 from teacher.jobs.videos import VideoSource
 from teacher.label import Camera
 from teacher.shards import DamagedLabelSetError
-from teacher.store import DATASET, LabelSet, read_dataset
+from teacher.store import DATASET, INDEX, LabelSet, parse_dataset, read_dataset
 
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES | TABLE_SUFFIXES | {".tar"}
 WHAT = (
@@ -228,7 +229,7 @@ def walk(root: Path) -> tuple[list[str], Counter[str]]:
     Hidden files do not count. Links are followed, but not in circles; a link to nothing is listed,
     so that reading it fails.
     """
-    found, others = [], Counter[str]()
+    found, others, sets = [], Counter[str](), set[str]()
     todo: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (os.path.realpath(root),))]
     while todo:
         folder, prefix, trail = todo.pop()
@@ -246,11 +247,13 @@ def walk(root: Path) -> tuple[list[str], Counter[str]]:
                     if target not in trail and not f"{here}/".startswith(f"{target}/"):
                         todo.append((entry.path, f"{name}/", (*trail, target)))
                 elif suffix_of(name) not in SUFFIXES:
+                    sets |= {prefix} if entry.name == DATASET else set()
                     others[suffix_of(name) or "no suffix"] += 1
                 elif entry.is_file() or entry.is_symlink():
                     found.append(name)
                 else:
                     others["pipe or device"] += 1
+    found = without_indexes(found, sets)
     if not found:
         seen = ", ".join(f"{n} x {s}" for s, n in others.most_common(4)) or "nothing, it is empty"
         raise UsageError(
@@ -260,6 +263,15 @@ def walk(root: Path) -> tuple[list[str], Counter[str]]:
     return found, others
 
 
+def without_indexes(names: list[str], sets: Set[str]) -> list[str]:
+    """Names without the index of label sets, a table that is none of images.
+
+    ``sets``: what stands before ``dataset.json`` in the folder of each.
+    """
+    own = {f"{folder}{INDEX}" for folder in sets}
+    return [name for name in names if name not in own]
+
+
 def open_files(
     root: Path, names: list[str], video: dict[str, Any], left_out: Counter[str] | None = None
 ) -> Source:
@@ -267,25 +279,31 @@ def open_files(
     files, parts = sorted_out(names, lambda name: local(root / name), video)
     plain = FileSource(root, files)
     plain.left_out += left_out or Counter()
-    return Bundle(plain, parts, origins_of(root, names)) if parts else plain
+    beside = lambda name: read_dataset((root / name).parent)  # noqa: E731
+    return Bundle(plain, parts, origins_of(names, beside)) if parts else plain
 
 
-def origins_of(root: Path, names: list[str]) -> list[dict[str, Any]]:
-    """``dataset.json`` of the label sets whose tars are among the files; {} for the other files."""
-    above = {(root / n).parent if suffix_of(n) == ".tar" else None for n in names}
+def origins_of(names: list[str], beside: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """``dataset.json`` of the label sets whose tars are among the files; {} for the other files.
+
+    ``beside`` reads that of the folder of a tar, or raises.
+    """
+    tars = {os.path.dirname(n): n for n in names if suffix_of(n) == ".tar"}  # noqa: PTH120
+    plain = any(suffix_of(n) != ".tar" for n in names)
     found: list[dict[str, Any]] = []
-    for folder in sorted(filter(None, above)):
+    for _, name in sorted(tars.items()):
         try:
-            found.append(read_dataset(folder))
-        except DamagedLabelSetError:  # a tar like any other
-            above.add(None)
-    return [*found, {}] if None in above else found
+            found.append(beside(name))
+        except (DamagedLabelSetError, FileNotFoundError, PermissionError):  # a tar like any other
+            plain = True
+    return [*found, {}] if plain else found
 
 
 def open_remote(url: str, video: dict[str, Any]) -> Source:
     """The same below an fsspec URL."""
     remote = RemoteFiles(url)
-    usable = [n for n in remote.names if suffix_of(n) in SUFFIXES]
+    sets = {n.removesuffix(DATASET) for n in remote.names if f"/{n}".endswith(f"/{DATASET}")}
+    usable = without_indexes([n for n in remote.names if suffix_of(n) in SUFFIXES], sets)
     if not remote.names:
         raise UsageError(f"images={url}: nothing found; is the address right, and does it answer?")
     if not usable:
@@ -293,7 +311,12 @@ def open_remote(url: str, video: dict[str, Any]) -> Source:
     others = (suffix_of(n) or "no suffix" for n in remote.names if suffix_of(n) not in SUFFIXES)
     remote.left_out.update(others)
     remote.names, parts = sorted_out(usable, remote.file, video)
-    return Bundle(remote, parts) if parts else remote
+
+    def beside(name: str) -> dict[str, Any]:
+        read = lambda: remote.beside(name, DATASET)  # noqa: E731
+        return parse_dataset(patiently(read, what=f"reading {DATASET} beside {name}"), name)
+
+    return Bundle(remote, parts, origins_of(usable, beside)) if parts else remote
 
 
 def sorted_out(
@@ -334,7 +357,7 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
             return LabelSetSource(path)
         names, left_out = walk(path)
         return open_files(path, names, clip, left_out)
-    if path.is_file() and path.suffix == ".txt":
+    if path.is_file() and suffix_of(path.name) == ".txt":
         return open_files(path.parent, read_list(path), clip)
     if path.is_file():
         return open_files(path.parent, [path.name], clip)
@@ -352,7 +375,9 @@ def open_source(images: str, *, video: dict[str, Any] | None = None) -> Source:
 
 def read_list(path: Path) -> list[str]:
     """The paths of a text list, one a line; relative ones from the list's own folder."""
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    # a name is what bytes the disk gave it; Windows puts a mark before UTF-8
+    text = path.read_text("utf-8-sig", "surrogateescape")
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     missing = [n for n in names if not (path.parent / n).is_file()]
     if missing or not names:
         found = f"{len(missing)} of its lines name no file ({missing[:3]})" if names else "empty"

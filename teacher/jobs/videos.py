@@ -41,6 +41,8 @@ class VideoSource:
         self._local = threading.local()
         with self.file.open() as file:
             self._hash = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            if not file.tell():  # which FFmpeg would call an invalid argument
+                raise UsageError(f"images={self.file.path}: not a readable video (it is empty).")
         try:
             self._times = {f"t={t:012.6f}": pts for t, pts in self._pick()}
         except _av().FFmpegError as error:
