@@ -17,6 +17,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ from distill.parallel import (
 from distill.resume import alone_in, load_state
 from distill.run_folder import FORMAT, RUN, already, ancestors, identity_of, open_run
 from distill.samples import Frame, claimed_space
-from distill.start import start_from
+from distill.start import start_from, told
 from distill.trainer import TrainerConfig, trainer_config
 from student.checkpoint import write_atomic
 from student.model import Student
@@ -165,6 +166,8 @@ def _train(
     if finished:
         return already(folder, finished)
     if rank() == 0:
+        if begun is not None:
+            tqdm.write(told(begun, str(init)), file=sys.stderr)
         for labels in tqdm(sets, desc="verify labels", unit="set", leave=False, disable=None):
             labels.verify()
     if rank() != 0:
