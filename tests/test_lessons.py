@@ -1,6 +1,7 @@
 """What a lesson can do beside learning: patience, captures, features, init=, precision, report."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from distill.capture import replay
 from distill.features import TOLERANCE, feature_loss, frozen
 from distill.journal import Journal, judge
 from distill.lesson_report import curve, read_rows, write_report
-from distill.module import Lesson, layers_of, parameter_groups
+from distill.module import Diverged, Lesson, layers_of, parameter_groups
 from distill.start import start_from, told
 from distill.train import train
 from distill.trainer import trainer_config
@@ -84,12 +85,46 @@ def test_half_precision_scales_the_loss_and_an_overflow_costs_one_step(lesson):
     before = {k: v.clone() for k, v in lesson.student.state_dict().items()}
     lesson.loss_scale = 2.0**126
     lesson.training_step(batch(), 1)
-    assert lesson.loss_scale == 2.0**125 and lesson.skipped == 0 and lesson.skipped_in_a_row == 1
+    assert lesson.loss_scale == 2.0**125 and lesson.skipped == 0
     assert all(torch.equal(before[k], v) for k, v in lesson.student.state_dict().items())
     assert not list(lesson.folder.glob("bad-step-*"))
     lesson.loss_scale = 1.0
     lesson.set_precision("fp16")  # as a resumed lesson does
     assert lesson.loss_scale == 1.0
+
+
+def test_overflows_of_half_precision_never_end_a_lesson(lesson, monkeypatch):
+    """Each halves the scale and ends of itself; steps that are bad at a scale of 1 count."""
+    monkeypatch.setattr(lesson, "config", dataclasses.replace(lesson.config, bad_steps_limit=2))
+    lesson.set_precision("fp16")
+    real = lesson._gradient_norm
+
+    def overflowing() -> torch.Tensor:
+        return real() * (math.inf if lesson.loss_scale > 2.0**10 else 1)
+
+    monkeypatch.setattr(lesson, "_gradient_norm", overflowing)
+    for number in range(6):
+        lesson.training_step(batch(), number)
+    assert lesson.loss_scale == 2.0**10 and lesson.skipped == 0 and lesson.good_steps == 2
+    lesson.loss_scale = 1.0
+    monkeypatch.setattr(lesson, "_gradient_norm", lambda: real() * NAN)
+    lesson.training_step(batch(), 6)
+    with pytest.raises(Diverged, match="2 steps in a row"):
+        lesson.training_step(batch(), 7)
+
+
+def test_of_a_bad_step_every_process_keeps_its_share(tmp_path):
+    """The batch that was at fault may be anybody's."""
+    student = Student(**{**STUDENT, "tasks": ["depth"]})
+    for step in (1, 2, 3, 4):
+        for number in range(5):
+            suffix = f"-process{number}" if number else ""
+            facts = {"step": step, "seed": 0, "precision": "fp32"}
+            capture.save_capture(tmp_path, student, batch(), {}, facts, suffix=suffix)
+    found = [p.name for p in tmp_path.iterdir()]
+    for step in (1, 2, 3):
+        assert sum(name.startswith(f"bad-step-000000{step}") for name in found) == 5
+    assert len(found) == 15
 
 
 def test_a_bad_step_is_kept_and_runs_again(lesson, monkeypatch):
@@ -335,11 +370,24 @@ def test_the_outline_of_a_sky_that_was_seen_is_an_edge():
     sky = np.zeros((1, 1, 32, 64), bool)
     sky[..., :32] = True
     truth = {"depth": np.where(sky, np.inf, depth), "focal_px": np.array([50.0])}
+    truth["depth_space"] = np.array([0])
     for seen in (True, False):
         answer = {"depth": depth, "sky": np.where(sky & seen, 1.0, -1.0)}
         assert judge(student, answer, truth, None, None)["boundary_f1"] == pytest.approx(
             float(seen)
         )
+
+
+def test_metres_that_nobody_measured_are_not_judged_as_metres():
+    """A label of anchor=range is affine: three times as far is as right as it is."""
+    student = Student(**{**STUDENT, "tasks": ["depth"]})
+    depth = np.where(np.arange(64) < 32, 2.0, 4.0) * np.ones((1, 1, 32, 1))
+    answer = {"depth": 3 * depth, "sky": np.full(depth.shape, -1.0)}
+    truth = {"depth": depth, "focal_px": np.array([student.canonical_focal_px])}
+    metric = judge(student, answer, truth | {"depth_space": np.array([0])}, None, None)
+    assert metric == pytest.approx({"abs_rel": 2.0, "delta1": 0.0, "boundary_f1": 1.0})
+    affine = judge(student, answer, truth | {"depth_space": np.array([2])}, None, None)
+    assert affine == {"boundary_f1": 1.0}
 
 
 def test_a_curve_is_drawn_to_scale_and_skips_what_is_not_finite():
