@@ -213,6 +213,17 @@ def test_features_by_hand():
     assert feature_loss(said, aim).item() == pytest.approx(want, rel=1e-5)
 
 
+def test_the_feature_losses_gradient_is_exact():
+    torch.manual_seed(0)
+    aim = torch.randn(2, 4, 3, 4, dtype=torch.float64)
+    said = torch.randn(2, 4, 2, 2, dtype=torch.float64).requires_grad_()  # brought to 3 x 4
+    assert torch.autograd.gradcheck(lambda s: feature_loss(s, aim), (said,))
+    near = (aim - aim.mean((0, 2, 3), keepdim=True)).detach()  # nothing is left to learn
+    near = (near + 0.01 * torch.randn_like(near)).requires_grad_()
+    loss = feature_loss(near, aim)
+    assert loss.item() == 0 and (torch.autograd.grad(loss, near)[0] == 0).all()
+
+
 def test_a_frozen_backbone_teaches_and_leaves_nothing_behind(labels, tmp_path, monkeypatch):
     weights = tmp_path / "vit.safetensors"
     torch.manual_seed(3)
