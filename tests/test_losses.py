@@ -476,12 +476,12 @@ def test_depth_terms_weighted_by_hand():
     assert losses["depth_gradient"].item() == pytest.approx(0.8 * 0.5, rel=1e-5)
     for name, maps, each in (
         ("depth_bins", torch.zeros(2, 32, 2, 2), math.log(32)),
-        ("depth_mixture", torch.tensor([0.0, 0, 0.5, 0.5, *[math.log(0.5)] * 2]), 0.0),
-    ):  # equal bins; one Laplacian of scale 1/2 at the true log depth: -log 1 / (2 b) = 0
+        ("depth_mixture", torch.tensor([0.0, 0, 0.25, 0.25, *[math.log(0.5)] * 2]), -math.log(2)),
+    ):  # equal bins; one Laplacian of scale 1/4 at the true log depth: -log 1 / (2 b)
         maps = maps.view(1, -1, 1, 1).expand(2, -1, 2, 2) if maps.ndim == 1 else maps
         answer = depth_answer(target.nan_to_num(nan=1.0)) | {name: maps}
         got = depth_losses(answer, target, spread)[name].item()
-        assert got == pytest.approx((each + 0.5 * each) / 2, rel=1e-5, abs=1e-6)
+        assert got == pytest.approx((each + 0.5 * each) / 2, rel=1e-5)
 
 
 def test_gradient_matching_by_hand_counts_the_less_sure_of_two_neighbours():
