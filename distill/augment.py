@@ -159,8 +159,8 @@ def random_window(
 def photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Strong changes of light and sensor on uint8 [H, W, 3]; geometry and labels untouched.
 
-    Exposure, white balance, contrast, saturation (one in twenty grey), gamma; then blur one time
-    in five, noise every second time, JPEG one time in five.
+    Exposure, white balance, contrast, saturation (one in twenty grey), gamma; then noise every
+    second time, blur one time in five, JPEG one time in five.
     """
     x = image.astype(np.float32) / 255
     x *= np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)

@@ -25,7 +25,7 @@ from student.model import Student
 from teacher.errors import UsageError
 
 FORMAT = "dense-distill bad step 1"
-KEPT = 3  # per run
+KEPT = 3  # steps per run, each with the shares of all processes: any may be at fault
 
 
 def save_capture(
@@ -37,11 +37,13 @@ def save_capture(
     *,
     suffix: str = "",
 ) -> Path | None:
-    """Write a bad step, unless the run's folder holds enough of them; returns the file.
+    """Write a bad step, unless the run's folder holds enough others; returns the file.
 
     ``statistics``: the student's buffers by name before the step; ``facts``: step, seed, precision.
     """
-    if len(list(folder.glob("bad-step-*.safetensors"))) >= KEPT:
+    name = f"bad-step-{facts['step']:07d}"
+    others = {p.name[: len(name)] for p in folder.glob("bad-step-*.safetensors")} - {name}
+    if len(others) >= KEPT:
         return None
     state = dict(student.state_dict())
     state |= {k: v for k, v in statistics.items() if k in state}
@@ -49,7 +51,7 @@ def save_capture(
     tensors |= {f"batch.{k}": v for k, v in batch.items()}
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     about = facts | {"config": student.config}
-    path = folder / f"bad-step-{facts['step']:07d}{suffix}.safetensors"
+    path = folder / f"{name}{suffix}.safetensors"
     write_atomic(path, to_bytes(whole, metadata={"format": FORMAT, "facts": json.dumps(about)}))
     return path
 

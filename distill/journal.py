@@ -194,14 +194,18 @@ def judge(
     confusion: metrics.SemanticConfusion | None,
     tally: metrics.PanopticTally,
 ) -> dict[str, float]:
-    """The numbers of one image (batch axis of 1) by name; a task without truth is left out."""
+    """The numbers of one image (batch axis of 1) by name; a task without truth is left out.
+
+    So are metres where the label's depth is affine only (``depth_space``): nobody measured them.
+    """
     out: dict[str, float] = {}
     if "depth" in answer:
         to_metres = truth["focal_px"][0] / student.canonical_focal_px
         pair = (answer["depth"][0, 0] * to_metres, truth["depth"][0, 0] * to_metres)
         numbers = metrics.depth_metrics(*pair, min_m=MIN_M, max_m=MAX_M)
         if numbers["count"]:
-            out |= {name: float(numbers[name]) for name in ("abs_rel", "delta1")}
+            measured = not truth["depth_space"][0]
+            out |= {name: float(numbers[name]) for name in ("abs_rel", "delta1") if measured}
             sky = answer["sky"][0, 0] > 0  # its outline is an edge
             edges = metrics.boundary_f1(np.where(sky, np.inf, pair[0]), pair[1])
             out |= {} if math.isnan(edges) else {"boundary_f1": edges}

@@ -267,8 +267,10 @@ class Lesson(L.LightningModule):
         save_capture(self.folder, self.student, batch, statistics, facts, suffix=suffix)
 
     def _count(self, good: bool, overflow: bool) -> None:
+        if overflow:  # ends of itself, at a scale of 1 at the latest
+            return
         self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
-        self.skipped += not good and not overflow
+        self.skipped += not good
         if self.skipped_in_a_row >= self.config.bad_steps_limit:
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row (up to step {self.step_number}) had a "

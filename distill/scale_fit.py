@@ -55,7 +55,8 @@ def fit_affine(depth: np.ndarray, truth: np.ndarray, *, shift: bool = True) -> t
     (a d + b - t)^2 / (d t), in which near and far, too large and too small count alike, over the
     points that the scale alone brings within a factor `NEAR`; a single near pixel taken for far
     would decide it otherwise. ``depth`` and ``truth`` are positive, in metres of one camera, of
-    equal shape. Points of one depth only give no shift.
+    equal shape. No shift if there is but one depth, or if the line falls or puts a fitted point
+    behind the camera: nearly flat points leave its slope to their noise.
     """
     d, t = np.asarray(depth, np.float64).ravel(), np.asarray(truth, np.float64).ravel()
     scale = math.exp(float(np.median(np.log(t / d))))
@@ -68,7 +69,8 @@ def fit_affine(depth: np.ndarray, truth: np.ndarray, *, shift: bool = True) -> t
     determinant = dd * one - d1 * d1
     if len(d) < 2 or determinant <= 1e-9 * dd * one:
         return scale, 0.0
-    return float((dt * one - t1 * d1) / determinant), float((t1 * dd - dt * d1) / determinant)
+    a, b = float((dt * one - t1 * d1) / determinant), float((t1 * dd - dt * d1) / determinant)
+    return (a, b) if a > 0 and a * d.min() + b > 0 else (scale, 0.0)
 
 
 def fit_power(uncertainty: np.ndarray, error: np.ndarray) -> tuple[float, float]:

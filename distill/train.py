@@ -17,6 +17,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ from distill.parallel import (
 from distill.resume import alone_in, load_state
 from distill.run_folder import FORMAT, RUN, already, ancestors, identity_of, open_run
 from distill.samples import Frame, claimed_space
-from distill.start import start_from
+from distill.start import start_from, told
 from distill.trainer import TrainerConfig, trainer_config
 from student.checkpoint import write_atomic
 from student.model import Student
@@ -157,14 +158,16 @@ def _train(
         "licences": ledger,
     }
     refuse(of_student(ancestors(identity, model)), (licence or {}).get("refuse", []), what=out)
-    if Task.DEPTH in model.tasks:
-        _need_metres(sets, weights)
     lessons = _lessons(config, model, sets, weights, clean=features is not None)
+    if Task.DEPTH in model.tasks:
+        _need_metres(sets, lessons.weights)
     folder = Path(out)
     finished = said_by_first(open_run(out, identity) if rank() == 0 else None)
     if finished:
         return already(folder, finished)
     if rank() == 0:
+        if begun is not None:
+            tqdm.write(told(begun, str(init)), file=sys.stderr)
         for labels in tqdm(sets, desc="verify labels", unit="set", leave=False, disable=None):
             labels.verify()
     if rank() != 0:
@@ -228,19 +231,20 @@ def _build(student: dict[str, Any], sets: Sequence[LabelSet]) -> Student:
     return Student(**student, classes=merged_classes(sets) if "semantic" in tasks else None)
 
 
-def _need_metres(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> None:
+def _need_metres(sets: Sequence[LabelSet], weights: Sequence[float]) -> None:
     """Refuse depth that is affine in every set that is drawn from; its first sample speaks for it.
 
     Such labels teach shape alone (`distill.losses_depth`), so nothing would hold the magnitude.
     """
-    drawn = [s for s, w in zip(sets, weights or [1.0] * len(sets), strict=False) if w]
+    drawn = [s for s, w in zip(sets, weights, strict=True) if w]
     with_depth = [labels for labels in drawn if Task.DEPTH in labels.tasks and len(labels)]
     if with_depth and all(claimed_space(labels[labels.keys[0]]) for labels in with_depth):
         raise UsageError(
             f"data: the depth of {', '.join(str(labels.path) for labels in with_depth)} was made "
             "metric by an assumed range (anchor=range), which teaches shape and no magnitude: the "
             "student's metres would mean nothing. Add a set with metric depth (another anchor, a "
-            "sensor's: data=[affine,metric] weights=[9,1]), or leave depth out of student.tasks"
+            "sensor's: data=[affine,metric] weights=[9,1]) with images that val_share leaves for "
+            "training, or leave depth out of student.tasks"
         )
 
 

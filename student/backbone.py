@@ -160,6 +160,33 @@ class Backbone(nn.Module):
         return list(features)
 
 
+def resampled_positions(theirs: Backbone, mine: Backbone) -> dict[str, Tensor]:
+    """Absolute position embeddings [1,N,C] of ``theirs`` at the input size of ``mine``, by name.
+
+    Only those whose grid of patches differs. Bicubic over the grid, as `timm` does it for its own
+    weights; class and register tokens stay. Tables of relative positions are not known here.
+    """
+    found: dict[str, Tensor] = {}
+    here = dict(mine.named_parameters())
+    for name, value in theirs.named_parameters():
+        owner, _, last = name.rpartition(".")
+        if last != "pos_embed" or value.ndim != 3 or name not in here:
+            continue
+        old, new = (
+            getattr(getattr(net.get_submodule(owner), "patch_embed", None), "grid_size", None)
+            for net in (theirs, mine)
+        )
+        if old is None or new is None or tuple(old) == tuple(new):
+            continue
+        tokens = value.shape[1] - math.prod(old)  # of class and registers
+        resampled = timm.layers.resample_abs_pos_embed(
+            value.detach(), new_size=list(new), old_size=list(old), num_prefix_tokens=tokens
+        )
+        if resampled.shape == here[name].shape:
+            found[name] = resampled
+    return found
+
+
 def conv_block(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU: folds into one convolution in every runtime."""
     conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)

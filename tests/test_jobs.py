@@ -27,7 +27,7 @@ from teacher.jobs.samples import answer_split, prepare
 from teacher.jobs.sources import open_source
 from teacher.label import Answer, Camera, Space, Task
 from teacher.shards import encode_members
-from teacher.store import LabelSet, read_rows
+from teacher.store import LabelSet, read_rows, write_label_set
 
 
 class PlaneTeacher:
@@ -221,6 +221,29 @@ def test_truth_answers_only_for_images_it_knows(tmp_path, balls):
     Image.fromarray(make_label(999).image).save(strange / "a.png")
     result = run(strange, tmp_path / "none", teacher={"name": "truth", "labels": str(balls)})
     assert (result["labelled"], result["rejected"], result["exit"]) == (0, 1, 1)
+
+
+def test_a_copy_does_not_turn_an_assumed_range_into_measured_metres(tmp_path):
+    """Depth of anchor=range is affine still: as truth, or as an anchor, it would become metric."""
+
+    def assumed(seed):
+        one = make_label(seed)
+        one.provenance = {"alignment": {"anchor": "range", "space": "affine depth"}}
+        return one
+
+    about = {"tasks": ["depth", "normals"]}
+    write_label_set(tmp_path / "assumed", n=2, make=assumed, dataset=about)
+    truth = {"name": "truth", "labels": str(tmp_path / "assumed")}
+    with pytest.raises(UsageError, match=r"assumed: its depth .* an assumed range .*anchor=range"):
+        run(tmp_path / "assumed", tmp_path / "a", teacher=truth, max_side=None)
+    plane = {"name": "test_jobs:PlaneTeacher", "space": "affine disparity"}
+    anchor = {"name": "truth", "labels": str(tmp_path / "assumed")}
+    with pytest.raises(UsageError, match="an assumed range"):
+        run(tmp_path / "assumed", tmp_path / "b", teacher=plane, anchor=anchor, max_side=None)
+    result = run(
+        tmp_path / "assumed", tmp_path / "c", teacher=truth, tasks=["normals"], max_side=None
+    )
+    assert result["labelled"] == 2
 
 
 def test_affine_answers_are_never_stored_as_metres(tmp_path):

@@ -1,6 +1,7 @@
 """What a lesson can do beside learning: patience, captures, features, init=, precision, report."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -19,10 +20,11 @@ from distill.capture import replay
 from distill.features import TOLERANCE, feature_loss, frozen
 from distill.journal import Journal, judge
 from distill.lesson_report import curve, read_rows, write_report
-from distill.module import Lesson, layers_of, parameter_groups
+from distill.module import Diverged, Lesson, layers_of, parameter_groups
+from distill.start import start_from, told
 from distill.train import train
 from distill.trainer import trainer_config
-from student.checkpoint import load_student
+from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
 
@@ -83,12 +85,46 @@ def test_half_precision_scales_the_loss_and_an_overflow_costs_one_step(lesson):
     before = {k: v.clone() for k, v in lesson.student.state_dict().items()}
     lesson.loss_scale = 2.0**126
     lesson.training_step(batch(), 1)
-    assert lesson.loss_scale == 2.0**125 and lesson.skipped == 0 and lesson.skipped_in_a_row == 1
+    assert lesson.loss_scale == 2.0**125 and lesson.skipped == 0
     assert all(torch.equal(before[k], v) for k, v in lesson.student.state_dict().items())
     assert not list(lesson.folder.glob("bad-step-*"))
     lesson.loss_scale = 1.0
     lesson.set_precision("fp16")  # as a resumed lesson does
     assert lesson.loss_scale == 1.0
+
+
+def test_overflows_of_half_precision_never_end_a_lesson(lesson, monkeypatch):
+    """Each halves the scale and ends of itself; steps that are bad at a scale of 1 count."""
+    monkeypatch.setattr(lesson, "config", dataclasses.replace(lesson.config, bad_steps_limit=2))
+    lesson.set_precision("fp16")
+    real = lesson._gradient_norm
+
+    def overflowing() -> torch.Tensor:
+        return real() * (math.inf if lesson.loss_scale > 2.0**10 else 1)
+
+    monkeypatch.setattr(lesson, "_gradient_norm", overflowing)
+    for number in range(6):
+        lesson.training_step(batch(), number)
+    assert lesson.loss_scale == 2.0**10 and lesson.skipped == 0 and lesson.good_steps == 2
+    lesson.loss_scale = 1.0
+    monkeypatch.setattr(lesson, "_gradient_norm", lambda: real() * NAN)
+    lesson.training_step(batch(), 6)
+    with pytest.raises(Diverged, match="2 steps in a row"):
+        lesson.training_step(batch(), 7)
+
+
+def test_of_a_bad_step_every_process_keeps_its_share(tmp_path):
+    """The batch that was at fault may be anybody's."""
+    student = Student(**{**STUDENT, "tasks": ["depth"]})
+    for step in (1, 2, 3, 4):
+        for number in range(5):
+            suffix = f"-process{number}" if number else ""
+            facts = {"step": step, "seed": 0, "precision": "fp32"}
+            capture.save_capture(tmp_path, student, batch(), {}, facts, suffix=suffix)
+    found = [p.name for p in tmp_path.iterdir()]
+    for step in (1, 2, 3):
+        assert sum(name.startswith(f"bad-step-000000{step}") for name in found) == 5
+    assert len(found) == 15
 
 
 def test_a_bad_step_is_kept_and_runs_again(lesson, monkeypatch):
@@ -177,6 +213,17 @@ def test_features_by_hand():
     assert feature_loss(said, aim).item() == pytest.approx(want, rel=1e-5)
 
 
+def test_the_feature_losses_gradient_is_exact():
+    torch.manual_seed(0)
+    aim = torch.randn(2, 4, 3, 4, dtype=torch.float64)
+    said = torch.randn(2, 4, 2, 2, dtype=torch.float64).requires_grad_()  # brought to 3 x 4
+    assert torch.autograd.gradcheck(lambda s: feature_loss(s, aim), (said,))
+    near = (aim - aim.mean((0, 2, 3), keepdim=True)).detach()  # nothing is left to learn
+    near = (near + 0.01 * torch.randn_like(near)).requires_grad_()
+    loss = feature_loss(near, aim)
+    assert loss.item() == 0 and (torch.autograd.grad(loss, near)[0] == 0).all()
+
+
 def test_a_frozen_backbone_teaches_and_leaves_nothing_behind(labels, tmp_path, monkeypatch):
     weights = tmp_path / "vit.safetensors"
     torch.manual_seed(3)
@@ -233,7 +280,7 @@ def test_the_mini_generators_encoder_teaches_too(tmp_path):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_a_student_starts_from_another_and_says_what_is_new(labels, tmp_path):
+def test_a_student_starts_from_another_and_says_what_is_new(labels, tmp_path, capsys):
     first = {**STUDENT, "tasks": ["depth", "normals"]}
     begun = train(data=labels, out=str(tmp_path / "a"), student=first, trainer=SHORT)
     start = begun["student"]
@@ -243,10 +290,89 @@ def test_a_student_starts_from_another_and_says_what_is_new(labels, tmp_path):
     for name, value in a.named_parameters():
         torch.testing.assert_close(dict(b.named_parameters())[name], value, rtol=0, atol=1e-6)
     assert b.provenance["init"]["fresh"] == ["heads.semantic"]
+    assert f"init={start}: " in (said := capsys.readouterr().err)
+    assert "tensors taken; start anew: heads.semantic\n" in said
     assert len(b.provenance["init"]["sha256"]) == 64
     other = {**STUDENT, "backbone": "test_resnet"}
     with pytest.raises(UsageError, match=r"init=.*its backbone is test_efficientnet"):
         train(data=labels, out=str(tmp_path / "c"), student=other, trainer=still, init=start)
+
+
+def vit(height: int, width: int, **change) -> Student:
+    made = {"backbone": "test_vit", "height": height, "width": width, "tasks": ["depth"]}
+    return Student(**made | change).eval()
+
+
+def likeness(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Correlation of two feature maps at the size of ``a``."""
+    b = torch.nn.functional.interpolate(b, size=a.shape[-2:], mode="area")
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+
+
+@torch.no_grad()
+def test_position_embeddings_follow_a_student_to_another_input_size(tmp_path, monkeypatch):
+    """What it sees of a picture twice as large is what it saw (0.9996; without: 0.10)."""
+    zoom = torch.nn.functional.interpolate
+    torch.manual_seed(0)
+    old, path = vit(64, 96), str(tmp_path / "old.safetensors")
+    places = zoom(3 * torch.randn(1, 64, 2, 3), size=(4, 6), mode="bilinear")
+    old.backbone.net.model.pos_embed[:, 1:] = places.flatten(2).transpose(1, 2)
+    save_student(old, path, {})
+    small = zoom(torch.rand(1, 3, 4, 6), size=(64, 96), mode="bilinear")
+    large = zoom(small, size=(128, 192), mode="bilinear")
+    new = vit(128, 192)
+    about, _ = start_from(new, path)
+    assert about["fresh"] == [] and about["taken"] == len(new.state_dict())
+    assert about["resampled"] == ["backbone.net.model.pos_embed"]
+    said = told(about, path)
+    assert "159 tensors taken; resampled to this input size: backbone.net.model.pos_embed" in said
+    assert likeness(old.backbone(small)[-1], new.backbone(large)[-1]) > 0.99
+    # upright instead of wide: as many patches, so only the grid tells that they lie elsewhere
+    upright = vit(96, 64)
+    assert start_from(upright, path)[0]["resampled"] == ["backbone.net.model.pos_embed"]
+    turned = zoom(places, size=(6, 4), mode="bicubic", antialias=True)
+    got = upright.backbone.net.model.pos_embed
+    torch.testing.assert_close(got[:, 1:], turned.flatten(2).transpose(1, 2))
+    assert torch.equal(got[:, :1], old.backbone.net.model.pos_embed[:, :1])  # the class token
+    monkeypatch.setattr("distill.start.resampled_positions", lambda *_: {})
+    about, _ = start_from(new := vit(128, 192), path)
+    assert about["fresh"] == ["backbone.net.model.pos_embed"] and about["resampled"] == []
+    assert "start anew: backbone.net.model.pos_embed" in told(about, path)
+    assert likeness(old.backbone(small)[-1], new.backbone(large)[-1]) < 0.5
+
+
+def test_init_from_other_metres_is_refused_and_from_a_pure_resize_it_is_not(tmp_path):
+    path = str(tmp_path / "old.safetensors")
+    save_student(vit(64, 96, canonical_focal_px=120), path, {})
+    with pytest.raises(UsageError, match=r"camera of 120 px .* this student's of 83\.1384 px") as e:
+        start_from(vit(64, 96), path)
+    assert "factor of 1.44. Set student.canonical_focal_px=120" in str(e.value)
+    with pytest.raises(UsageError, match=r"Set student\.canonical_focal_px=240"):
+        start_from(vit(128, 192), path)
+    assert start_from(vit(128, 192, canonical_focal_px=240), path)[0]["fresh"] == []
+    save_student(vit(64, 96), path, {})
+    assert start_from(vit(128, 192), path)[0]["fresh"] == []  # both 60 degrees wide
+    # normals have no metres, and a depth head that starts anew has nobody's
+    about, _ = start_from(vit(64, 96, canonical_focal_px=99, tasks=["normals"]), path)
+    assert about["fresh"] == ["heads.normals"]
+    about, _ = start_from(vit(64, 96, canonical_focal_px=99, depth_head="bins"), path)
+    assert about["fresh"] == ["heads.depth.maps.out.bias", "heads.depth.maps.out.weight"]
+
+
+def test_init_says_what_starts_anew_and_which_constants_stay_behind(tmp_path):
+    path = str(tmp_path / "old.safetensors")
+    save_student(vit(64, 96, calibration={"depth": [2.0, 0.1]}), path, {})
+    new = vit(64, 96, decoder="dpt", tasks=["depth", "normals"], uncertainty=False)
+    about, _ = start_from(new, path)
+    parts = ["fuse", "lateral", "out", "project", "reassemble"]
+    anew = [f"decoder.{part}" for part in parts] + ["heads.normals"]
+    assert about["unfitted"] == ["depth"]
+    assert about["fresh"] == sorted(
+        [*anew, "heads.depth.maps.out.bias", "heads.depth.maps.out.weight"]
+    )
+    said = told(about, path)
+    assert "decoder.fuse" in said and "fitted constants left behind" in said
+    assert said.startswith(f"init={path}: {about['taken']} tensors taken; start anew: decoder")
 
 
 def test_the_outline_of_a_sky_that_was_seen_is_an_edge():
@@ -255,11 +381,24 @@ def test_the_outline_of_a_sky_that_was_seen_is_an_edge():
     sky = np.zeros((1, 1, 32, 64), bool)
     sky[..., :32] = True
     truth = {"depth": np.where(sky, np.inf, depth), "focal_px": np.array([50.0])}
+    truth["depth_space"] = np.array([0])
     for seen in (True, False):
         answer = {"depth": depth, "sky": np.where(sky & seen, 1.0, -1.0)}
         assert judge(student, answer, truth, None, None)["boundary_f1"] == pytest.approx(
             float(seen)
         )
+
+
+def test_metres_that_nobody_measured_are_not_judged_as_metres():
+    """A label of anchor=range is affine: three times as far is as right as it is."""
+    student = Student(**{**STUDENT, "tasks": ["depth"]})
+    depth = np.where(np.arange(64) < 32, 2.0, 4.0) * np.ones((1, 1, 32, 1))
+    answer = {"depth": 3 * depth, "sky": np.full(depth.shape, -1.0)}
+    truth = {"depth": depth, "focal_px": np.array([student.canonical_focal_px])}
+    metric = judge(student, answer, truth | {"depth_space": np.array([0])}, None, None)
+    assert metric == pytest.approx({"abs_rel": 2.0, "delta1": 0.0, "boundary_f1": 1.0})
+    affine = judge(student, answer, truth | {"depth_space": np.array([2])}, None, None)
+    assert affine == {"boundary_f1": 1.0}
 
 
 def test_a_curve_is_drawn_to_scale_and_skips_what_is_not_finite():

@@ -403,3 +403,174 @@ def test_instance_terms_by_hand():
         lambda s, o: sum(instance_losses({"center": s, "offset": o}, target).values()),
         (score, offset),
     )
+
+
+def test_semantic_terms_weighted_and_masked_by_hand():
+    """Four pixels of two classes: half sure, sure, worthless, without a class."""
+    logits = torch.tensor([[0.0, math.log(3), -5.0, 9.0], [0.0] * 4]).view(1, 2, 1, 4)
+    target = torch.tensor([[[0, 0, 0, -1]]])
+    spread = torch.tensor([0.5, NAN, 0.95, 0.0]).view(1, 1, 1, 4)
+    losses = semantic_losses({"semantic": logits}, target, spread)
+    # p = 1/2 and 3/4; weights 0.5 / (0.5 + 0.5) and 1
+    want = (0.5 * math.log(2) + math.log(4 / 3)) / 2
+    assert losses["semantic_ce"].item() == pytest.approx(want, rel=1e-5)
+    # only class 0 is there: overlap 1/2 + 3/4, said 5/4, true 2
+    assert losses["semantic_dice"].item() == pytest.approx(1 - 2 * 1.25 / 3.25, rel=1e-5)
+
+
+def test_semantic_gradients_match_finite_differences_and_end_at_the_mask():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 2, 3, dtype=torch.float64).requires_grad_()
+    target = torch.tensor([[[0, 1, -1], [2, 2, 0]], [[-1, 1, 1], [0, 1, 1]]])
+    spread = torch.rand(2, 1, 2, 3) * 0.8
+    spread[0, 0, 1, 2] = 0.95
+    for name in ("semantic_ce", "semantic_dice"):  # float32 inside: wide steps, loose bounds
+
+        def loss(x, name=name):
+            return semantic_losses({"semantic": x}, target, spread)[name].double()
+
+        assert torch.autograd.gradcheck(loss, (logits,), eps=1e-2, atol=1e-4, rtol=1e-3)
+        (gradient,) = torch.autograd.grad(loss(logits), logits)
+        silent = (target < 0) | (spread[:, 0] > 0.9)
+        assert (gradient.movedim(1, -1)[silent] == 0).all()
+        assert (gradient.movedim(1, -1)[~silent] != 0).all()
+
+
+def test_normals_terms_weighted_by_hand_and_the_gradient_of_their_uncertainty():
+    """Angles 90, 60, 30 and unknown; the label sure to 20 degrees, 0, worthless, 0."""
+    degrees = torch.tensor([90.0, 60.0, 30.0, 0.0], dtype=torch.float64)
+    turn = torch.deg2rad(degrees)
+    said = torch.stack([turn.sin(), 0 * turn, turn.cos()]).view(1, 3, 1, 4)
+    target = torch.tensor([0.0, 0.0, 1.0]).double().view(1, 3, 1, 1).repeat(1, 1, 1, 4)
+    target[..., 3] = NAN
+    spread = torch.tensor([20.0, 0.0, 61.0, 0.0]).view(1, 1, 1, 4)
+    mu = torch.tensor([90.0, 20.0, 60.0, 5.0]).double().view(1, 1, 1, 4).requires_grad_()
+    losses = normals_losses({"normals": said, "normals_uncertainty": mu}, target, spread)
+    want = (0.5 * math.pi / 2 + math.pi / 3) / 2
+    assert losses["normals_angle"].item() == pytest.approx(want, rel=1e-6)
+    want = (math.log(90) + 1 + math.log(20) + 3 + math.log(60) + 0.5) / 3
+    assert losses["normals_nll"].item() == pytest.approx(want, rel=1e-6)
+    losses["normals_nll"].backward()
+    slope = [0, (1 / 20 - 60 / 400) / 3, (1 / 60 - 30 / 3600) / 3, 0]  # 1 / mu - angle / mu^2
+    assert mu.grad.flatten().tolist() == pytest.approx(slope, abs=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda m: normals_losses({"normals": said, "normals_uncertainty": m}, target, spread)[
+            "normals_nll"
+        ],
+        (mu,),
+    )
+
+
+def test_depth_terms_weighted_by_hand():
+    """Log errors 0.2 and -0.6 (weights 1 and 1/2), 5 worthless, one hole; a second image empty."""
+    target = torch.ones(2, 1, 2, 2)
+    target[0, 0, 1, 1], target[1] = NAN, NAN
+    error = torch.tensor([[0.2, -0.6], [5.0, 3.0]])
+    spread = torch.tensor([[0.0, 0.1], [0.71, 0.0]]).expand(2, 1, 2, 2)
+    losses = depth_losses(depth_answer(error.exp().expand(2, 1, 2, 2)), target, spread)
+    assert losses["depth_l1"].item() == pytest.approx((0.2 + 0.5 * 0.6) / 2, rel=1e-5)
+    mean = (0.2 - math.sqrt(0.5) * 0.6) / 2
+    want = math.sqrt((0.04 + 0.5 * 0.36) / 2 - SILOG_LAMBDA * mean**2)
+    assert losses["depth_silog"].item() == pytest.approx(want, rel=1e-5)
+    # the one pair of neighbours that teaches: |0.2 + 0.6| by the smaller weight
+    assert losses["depth_gradient"].item() == pytest.approx(0.8 * 0.5, rel=1e-5)
+    for name, maps, each in (
+        ("depth_bins", torch.zeros(2, 32, 2, 2), math.log(32)),
+        ("depth_mixture", torch.tensor([0.0, 0, 0.25, 0.25, *[math.log(0.5)] * 2]), -math.log(2)),
+    ):  # equal bins; one Laplacian of scale 1/4 at the true log depth: -log 1 / (2 b)
+        maps = maps.view(1, -1, 1, 1).expand(2, -1, 2, 2) if maps.ndim == 1 else maps
+        answer = depth_answer(target.nan_to_num(nan=1.0)) | {name: maps}
+        got = depth_losses(answer, target, spread)[name].item()
+        assert got == pytest.approx((each + 0.5 * each) / 2, rel=1e-5)
+
+
+def test_gradient_matching_by_hand_counts_the_less_sure_of_two_neighbours():
+    error = torch.tensor([[0.0, 1.0], [0.0, 3.0]]).view(1, 1, 2, 2)
+    weight = torch.tensor([[1.0, 0.5], [1.0, 0.25]]).view(1, 1, 2, 2)
+    known = torch.ones_like(error, dtype=torch.bool)
+    right, down = (1 * 0.5 + 3 * 0.25) / 2, (0 + 2 * 0.25) / 2
+    assert gradient_matching(error, known, weight).item() == pytest.approx(right + down)
+    known[..., 1, 1] = False
+    assert gradient_matching(error, known, weight).item() == pytest.approx(0.5 + 0)
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4])
+def test_affine_gradients_are_exact_in_every_space(code):
+    torch.manual_seed(code)
+    depth = (torch.rand(2, 1, 3, 3, dtype=torch.float64) + 0.5).requires_grad_()
+    target = torch.rand(2, 1, 3, 3, dtype=torch.float64) * 3 + 0.5
+    target[0, 0, 1, 1], target[1, 0, 0] = NAN, math.inf
+    spread = torch.rand(2, 1, 3, 3, dtype=torch.float64) * 0.6
+    spread[1, 0, 2, 2] = 0.8
+
+    def loss(d):
+        return depth_losses(depth_answer(d), target, spread, torch.full((2,), code))["depth_affine"]
+
+    assert torch.autograd.gradcheck(loss, (depth,))
+    (gradient,) = torch.autograd.grad(loss(depth), depth)
+    silent = ~torch.isfinite(target) | (spread > 0.7)
+    assert (gradient[silent] == 0).all() and (gradient[~silent] != 0).any()
+
+
+def test_affine_labels_weigh_by_their_uncertainty_by_hand():
+    depth = torch.tensor([1.0, 2.0, 3.0, 10.0]).view(1, 1, 1, 4)
+    target = torch.tensor([1.0, 2.0, 5.0, 6.0]).view(1, 1, 1, 4)
+    spread = torch.tensor([0.1, NAN, 0.4, 0.0]).view(1, 1, 1, 4)
+    # as in the test above, with weights 1/2, 1, 1/5, 1
+    want = (0.5 * abs(-1 / 2.5 + 1 / 2) + 0.2 * abs(1 / 2.5 - 3 / 2) + abs(8 / 2.5 - 4 / 2)) / 4
+    got = depth_losses(depth_answer(depth), target, spread, torch.tensor([1]))["depth_affine"]
+    assert got.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_surface_loss_weighs_by_the_normals_uncertainty():
+    target = plane((0.0, 0.0, 1.0), 2.0).float()
+    batch = {
+        "depth": target,
+        "normals": torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 12, 16),
+        "normals_uncertainty": torch.full((1, 1, 12, 16), 20.0),  # counts half
+        "focal_px": torch.tensor([14.0]),
+        "centre_px": torch.tensor([[6.0, 5.0]]),
+        "camera_known": torch.tensor([True]),
+    }
+    answer = {"depth": plane((0.6, 0.0, 0.8), 2.0).float()}
+    got = surface_loss(answer, batch)["depth_surface"].item()
+    assert got == pytest.approx(0.5 * math.acos(0.8), abs=1e-4)
+
+
+def test_worthless_pixels_have_no_gradient_but_that_of_the_uncertainty():
+    torch.manual_seed(0)
+    depth = (torch.rand(1, 1, 4, 4, dtype=torch.float64) + 1).requires_grad_()
+    b = torch.full_like(depth, 0.3).detach().requires_grad_()
+    target, spread = torch.rand(1, 1, 4, 4) + 1, torch.full((1, 1, 4, 4), 0.2)
+    spread[0, 0, 1:3, 2] = 0.75
+    answer = {"depth": depth, "sky": torch.zeros_like(depth), "depth_uncertainty": b}
+    sum(depth_losses(answer, target, spread).values()).backward()
+    worthless = spread > 0.7
+    assert (depth.grad[worthless] == 0).all() and (depth.grad[~worthless] != 0).all()
+    assert (b.grad != 0).all()
+
+
+def test_the_total_is_the_weighted_sum_and_its_gradient_is_exact():
+    torch.manual_seed(2)
+    answer = {k: v.detach().double() for k, v in answers_of(2).items() if k != "semantic"}
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in unknown_batch(2).items()}
+    batch["depth"] = (torch.rand(2, 1, 8, 8) * 0.02 + 1).double()  # one surface
+    batch["normals"] = torch.nn.functional.normalize(torch.randn(2, 3, 8, 8).double(), dim=1)
+    batch["instances"] = torch.rand(2, 3, 8, 8).double()
+    batch["instances"][:, 0, 3, 4] = 1
+    batch["depth"][0, 0, 0, 0] = batch["normals"][0, :, 5, 5] = NAN
+    batch["depth_space"] = torch.tensor([0, 3])
+    losses = all_losses(answer, batch)
+    absent = {"depth_bins", "depth_mixture", "semantic_ce", "semantic_dice"}
+    assert set(losses) == {"total", *LOSS_WEIGHTS} - absent
+    assert all(value.item() != 0 for value in losses.values())
+    want = sum(LOSS_WEIGHTS[name] * v.item() for name, v in losses.items() if name != "total")
+    assert losses["total"].item() == pytest.approx(want, rel=1e-9)
+    # without the uncertainties, which see the errors detached (tested for each of the two)
+    names = ("depth", "sky", "normals", "center", "offset")
+
+    def total(*values):
+        return all_losses(dict(zip(names, values, strict=True)), batch)["total"]
+
+    leaves = tuple(answer[name].requires_grad_() for name in names)
+    assert torch.autograd.gradcheck(total, leaves, fast_mode=True)

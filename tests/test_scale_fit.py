@@ -34,6 +34,42 @@ def test_the_closed_form_is_the_least_squares_of_symmetric_relative_errors():
     assert fit_affine(*wild) == pytest.approx(tuple(want), rel=1e-9)
 
 
+def test_a_line_by_hand():
+    """d = 1, 2, 4 and t = 1, 3, 4: weights 1 / (d t) = 1, 1/6, 1/16.
+
+    Sums, times 48: w d^2 = 48 + 32 + 48, w d = 48 + 16 + 12, w = 48 + 8 + 3, w d t = 3 x 48,
+    w t = 48 + 24 + 12. So a = (144 59 - 84 76) / (128 59 - 76 76) = 2112 / 1776 and
+    b = (84 128 - 144 76) / 1776 = -192 / 1776. The ratios are 1, 1.5, 1: all within a factor of
+    1.5 of the median (the middle one by a hair less than that).
+    """
+    d, t = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0 - 1e-9, 4.0])
+    assert fit_affine(d, t) == pytest.approx((2112 / 1776, -192 / 1776), rel=1e-6)
+    assert fit_affine(d, t, shift=False) == pytest.approx((1.0, 0.0))
+
+
+def test_a_line_that_turns_near_and_far_around_is_no_scale():
+    d, t = np.array([2.0, 2.2]), np.array([2.2, 2.0])  # slope -1, intercept 4.2
+    assert fit_affine(d, t) == pytest.approx((1.0, 0.0))
+    # a wall that seems to be 0.9 m deep instead of 0.1, slope 9: then 1.1 m lies behind the camera
+    d, t = np.repeat([2.0, 2.1, 1.1], [999, 999, 1]), np.repeat([1.7, 2.6, 1.0], [999, 999, 1])
+    assert fit_affine(d, t) == pytest.approx((1 / 1.1, 0.0))
+
+
+def test_cross_validation_by_hand():
+    """Two images, each judged by the other's fit, |ln| of what is left."""
+    keys, e = ["a", "b"], math.e
+    one, other = np.full(3, e**0.5), np.full(3, e**0.4)
+    truth = np.ones(3)
+    found = fit_scale(keys, [(one, truth), (other, truth)])
+    # before 0.5 and 0.4, after 0.1 and 0.1: gains 0.4 and 0.3, mean 0.35 > 2 x 0.05
+    assert (found.before, found.after) == pytest.approx((0.45, 0.1)) and found.kept
+    assert found.values == pytest.approx((e**-0.45, 0.0))
+    # before 0.5 and 0.1, after 0.4 and 0.4: gains 0.1 and -0.3, so it is left alone
+    found = fit_scale(keys, [(one, truth), (np.full(3, e**0.1), truth)])
+    assert (found.before, found.after) == pytest.approx((0.3, 0.4)) and not found.kept
+    assert found.values == (1.0, 0.0)
+
+
 def test_a_scale_is_the_median_ratio():
     d, t = np.array([1.0, 2.0, 3.0]), np.array([2.0, 6.0, 3.0])
     assert fit_affine(d, t, shift=False) == pytest.approx((2.0, 0.0))

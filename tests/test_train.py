@@ -15,6 +15,7 @@ from analytic_scenes import analytic_label, write_analytic_set
 
 from distill import conductor, module
 from distill.conductor import Stopped
+from distill.data import in_validation
 from distill.journal import Journal
 from distill.lesson_report import read_rows
 from distill.module import Diverged, lr_factor
@@ -397,6 +398,12 @@ def test_depth_without_any_metric_label_is_refused(labels, tmp_path):
     both = [str(tmp_path / "affine"), str(labels)]
     with pytest.raises(UsageError, match="assumed range"):  # the metric set is never drawn from
         train(data=both, weights=[1, 0], **lesson)
+    held = next(i for i in range(200, 300) if in_validation(analytic_label(i).key, 0.4))
+    write_label_set(tmp_path / "held", n=1, make=lambda _: analytic_label(held), dataset=about)
+    lesson["trainer"] |= {"val_share": 0.4}
+    with pytest.raises(UsageError, match="assumed range"):  # all of the metric set is held out
+        train(data=[str(tmp_path / "affine"), str(tmp_path / "held")], weights=[9, 1], **lesson)
+    assert not (tmp_path / "run").exists()
     train(data=both, weights=[9, 1], **lesson)
 
 

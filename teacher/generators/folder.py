@@ -45,7 +45,11 @@ class TruthTeacher:
         return about | {"licences": ledger}
 
     def answer(self, queries: Sequence[Query], tasks: Sequence[Task]) -> list[dict[Task, Answer]]:
-        """The stored arrays, if the image has the size of the label."""
+        """The stored arrays, if the image has the size of the label.
+
+        Raises:
+            UsageError: depth that an assumed range made metric: as an answer it would claim more.
+        """
         answers: list[dict[Task, Answer]] = []
         for query in queries:
             answers.append({})
@@ -54,6 +58,13 @@ class TruthTeacher:
             label = self.labels[query.key]
             if label.image.shape != query.image.shape:
                 continue
+            alignment = label.provenance.get("alignment") or {}
+            if Task.DEPTH in tasks and alignment.get("anchor") == "range":
+                raise UsageError(
+                    f"labels={self.labels.path}: its depth was brought to metres by an assumed "
+                    "range (anchor=range), which nobody measured; it is nobody's truth or anchor. "
+                    "Leave depth out of tasks, or label with another anchor"
+                )
             for task in tasks:
                 if task in label.values:
                     extras = label.provenance.get(str(task), {})
