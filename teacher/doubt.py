@@ -24,6 +24,7 @@ from teacher.label import Answer, Camera, Task
 
 EDGE_LOG = 0.1  # step of log depth between neighbours that counts as a silhouette
 NEAR_SHARE, NEAR_MOST = 24.0, 60.0  # `signs`: blur of 1/24 of the height, outliers cut at 60
+WIDE_SHARE = 8.0  # `signs`: the wide blur, 1/8 of the height
 OUTLINE_REACH_PX = 8.0  # distance beyond which a silhouette is wholly unexplained
 
 
@@ -125,11 +126,12 @@ def signs(answers: Mapping[Task, Answer], task: Task, camera: Camera) -> dict[st
 
     ``residual`` and ``spread`` are there if the answer has them, as ``residual_depth`` and so on
     are of the other tasks' answers: what one answer stumbles over is hard for all;
-    ``near_...`` are the same, blurred, because an object is wrong as a whole. ``surface``
-    needs depth and normals, ``outline`` depth and semantic; ``steep`` and ``far`` (log metres)
-    come with depth, ``lonely`` (distance to the next class border) with semantic. Residual, spread
-    and surface are there once more as the image's mean (``image_...``), because a wrong scale is
-    wrong everywhere. What is unknown at a pixel counts as most doubtful.
+    ``near_...`` are the same, blurred, because an object is wrong as a whole, and ``wide_spread``
+    is blurred further, because a wall is too. ``surface`` needs depth and normals, ``outline``
+    depth and semantic; ``steep`` and ``far`` (log metres) come with depth, ``lonely`` (distance to
+    the next class border) with semantic. Residual, spread and surface are there once more as the
+    image's mean (``image_...``), because a wrong scale is wrong everywhere. What is unknown at a
+    pixel counts as most doubtful.
     """
     found: dict[str, np.ndarray] = {}
     for other, answer in answers.items():
@@ -144,6 +146,8 @@ def signs(answers: Mapping[Task, Answer], task: Task, camera: Camera) -> dict[st
             spread = _known(answer.uncertainty, worst)
             found[f"spread{name}"] = spread
             found[f"near_spread{name}"] = gaussian_filter(spread, spread.shape[0] / NEAR_SHARE)
+            if other is task:
+                found["wide_spread"] = gaussian_filter(spread, spread.shape[0] / WIDE_SHARE)
     depth = answers[Task.DEPTH].values if Task.DEPTH in answers else None
     if depth is not None:
         found["steep"] = np.clip(steepness(depth), 0, 3)
