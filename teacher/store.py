@@ -105,6 +105,8 @@ def _has_seal_of(folder: Path, plan_hash: str) -> bool:
 
 def read_dataset(folder: Path) -> dict[str, Any]:
     """``dataset.json``, or a `DamagedLabelSetError` that says what stands there instead."""
+    if not folder.is_dir():
+        raise DamagedLabelSetError(f"{folder}: no such folder; expected a label set.")
     path = folder / DATASET
     if not path.is_file():
         if sealed_shards(folder):
@@ -271,8 +273,6 @@ class LabelSet:
         A damaged seal is a `DamagedLabelSetError`, or skipped where only a look is taken.
         """
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise DamagedLabelSetError(f"{self.path}: no such folder; expected a label set.")
         self.meta = read_dataset(self.path)
         self.classes = {int(k): str(v) for k, v in self.meta.get("classes", {}).items()}
         self.damaged_seals: dict[int, str] = {}

@@ -210,6 +210,8 @@ def test_two_runs_in_one_folder_are_refused(rooms, tmp_path):
             tune(**options(rooms, tmp_path))
     with pytest.raises(UsageError, match="no such folder"):
         tune(**options(str(tmp_path / "nowhere"), tmp_path))
+    with pytest.raises(UsageError, match=r"leave 0 to train on"):  # while it holds the lock
+        tune(**options(rooms, tmp_path, held_back=1.0))
     assert tune(**options(rooms, tmp_path, steps=1))["step"] == 1
 
 
