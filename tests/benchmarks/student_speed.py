@@ -1,15 +1,20 @@
 """How fast a student is and learns, side by side in one run.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/student_speed.py graph
-    OMP_NUM_THREADS=2 python tests/benchmarks/student_speed.py teacher
-    OMP_NUM_THREADS=1 python tests/benchmarks/student_speed.py loader labels=labels/x
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.student_speed graph
+    OMP_NUM_THREADS=2 python -m tests.benchmarks.student_speed teacher
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.student_speed loader labels=labels/x
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.student_speed plot \\
+        students=a/student.safetensors,b/student.safetensors held=truth/held-out \\
+        once=answers/once six=answers/six out=docs/img/student-speed.png
 
 graph: ``student=tiny`` (depth + normals, 256x320) in ONNX Runtime on one thread against the graph
 of Depth-Anything-V2-Small with random weights at the nearest size it takes (14 px steps), called
 in turns, best and median of N. teacher: ``tiny`` and ``small`` for 96x128 against the shipped mini
-teacher's depth and normals, one asking and eight (two seeds, their mirrors, four windows), as many
-threads as OMP_NUM_THREADS. loader: the loader alone against the training step, and the share of
-a real run that is spent outside forward, backward and optimiser.
+teacher's depth and normals, one asking and six (the default consensus), as many threads as
+OMP_NUM_THREADS. plot: time per megapixel against accuracy on truth, of trained students of one
+size and of the teacher's stored answers (`distill label images=truth/held-out`). loader: the loader
+alone against the training step, and the share of a real run that is spent outside forward,
+backward and optimiser.
 """
 
 import functools
@@ -29,9 +34,13 @@ import torch
 import yaml
 
 from export.onnx_graph import card_of, to_onnx
+from student.checkpoint import load_student
 from student.model import Student
 from teacher.generators import Query, load_teacher
 from teacher.label import Camera, Task
+from teacher.score import score
+from teacher.store import LabelSet
+from tests.benchmarks.student_heads import per_image, predictor
 
 ROUNDS = 7
 
@@ -93,8 +102,11 @@ def graph() -> None:
 
 def in_turns(
     calls: dict[str, Callable[[], Any]], *, repeat: dict[str, int], against: Sequence[str]
-) -> None:
-    """Call everything in turns; print wall and CPU ms, and how many times faster each is."""
+) -> dict[str, float]:
+    """Call everything in turns; print wall and CPU ms, and how many times faster each is.
+
+    Returns the best wall time of each [ms].
+    """
     wall: dict[str, list[float]] = {name: [] for name in calls}
     busy: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(ROUNDS + 1):
@@ -116,30 +128,84 @@ def in_turns(
                 best = min(times[slow]) / min(times[name])
                 middle = statistics.median(times[slow]) / statistics.median(times[name])
                 print(f"{slow} / {name} ({kind}): best {best:.1f}x, median {middle:.1f}x")
+    return {name: min(times) for name, times in wall.items()}
+
+
+def graph_call(student: Student, image: np.ndarray) -> Callable[[], Any]:
+    """The student's ONNX graph on one picture, as many threads as torch has."""
+    card = card_of(student.eval(), batch=1, focal_input=False)
+    runtime = session(to_onnx(student, card).SerializeToString(), torch.get_num_threads())
+    return functools.partial(runtime.run, None, {"image": image[None]})
+
+
+def asking_calls(image: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """The mini teacher's depth and normals of one picture, asked once and six times."""
+    height, width = image.shape[:2]
+    query = Query(key="0" * 24, image=image, camera=Camera.assumed(width, height))
+    once = load_teacher(name="mini", mirror=False, crops=0)
+    six = load_teacher(name="mini")
+    tasks = [Task.DEPTH, Task.NORMALS]
+    return {
+        name: functools.partial(teacher.answer, [query], tasks)
+        for name, teacher in (("one asking", once), ("six askings", six))
+    }
 
 
 def against_teacher() -> None:
     """Students for 96x128 against the mini teacher on a picture of that size."""
-    threads = torch.get_num_threads()
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (96, 128, 3), np.uint8)
-    query = Query(key="0" * 24, image=image, camera=Camera.assumed(128, 96))
-    tasks = [Task.DEPTH, Task.NORMALS]
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
     calls: dict[str, Callable[[], Any]] = {}
     for name in ("tiny", "small"):
         preset = Path(__file__).parents[2] / "conf" / "student" / f"{name}.yaml"
         student = Student(**yaml.safe_load(preset.read_text()) | {"height": 96, "width": 128})
-        card = card_of(student.eval(), batch=1, focal_input=False)
-        runtime = session(to_onnx(student, card).SerializeToString(), threads)
-        calls[name] = functools.partial(runtime.run, None, {"image": image[None]})
-    for name, how in (
-        ("one asking", {"mirror": False, "crops": 0}),
-        ("eight", {"seeds": 2, "mirror": True, "crops": 4}),
-    ):
-        teacher = load_teacher(name="mini", **how)
-        calls[name] = functools.partial(teacher.answer, [query], tasks)
+        calls[name] = graph_call(student, image)
+    slow = asking_calls(image)
     repeat = {"tiny": 20, "small": 20, "one asking": 3}
-    in_turns(calls, repeat=repeat, against=["one asking", "eight"])
+    in_turns(calls | slow, repeat=repeat, against=list(slow))
+
+
+def plot(options: dict[str, str]) -> None:
+    """Milliseconds per megapixel against AbsRel, boundary F1 and normals on truth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    held = list(LabelSet(options["held"]))
+    image = held[0].image
+    measures = [("depth", "abs_rel"), ("depth", "boundary_f1"), ("normals", "mean_deg")]
+    found: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for path in options["students"].split(","):
+        student = load_student(path)
+        name = Path(path).parent.name
+        calls[name] = graph_call(student, image)
+        found[name] = score(predictor(student), held, tasks=list(student.tasks))
+    slow = asking_calls(image)
+    for name, key in zip(slow, ("once", "six"), strict=True):
+        answers = LabelSet(options[key])
+        found[name] = score(
+            functools.partial(lambda x, stored: stored[x.key].values, stored=answers),
+            [x for x in held if x.key in set(answers.keys)],
+            tasks=["depth", "normals"],
+        )
+    best = in_turns(
+        calls | slow, repeat=dict.fromkeys(calls, 20) | {"one asking": 3}, against=list(slow)
+    )
+    megapixels = image.shape[0] * image.shape[1] / 1e6
+    figure, axes = plt.subplots(1, len(measures), figsize=(10, 3.2), layout="constrained")
+    for axis, (task, measure) in zip(axes, measures, strict=True):
+        for name, report in found.items():
+            if task not in report["rows"][0]:
+                continue
+            value = float(np.nanmean(per_image(report, task, measure)))
+            x = best[name] / megapixels
+            print(f"{name}: {x:.0f} ms per megapixel, {measure} {value:.4f}")
+            axis.plot(x, value, "s" if name in slow else "o", color="C1" if name in slow else "C0")
+            axis.annotate(name, (x, value), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.set(xscale="log", xlabel="ms per megapixel", ylabel=f"{task} {measure}")
+        axis.margins(x=0.35, y=0.15)
+    figure.savefig(options["out"], dpi=110)
 
 
 def loader(labels: str) -> None:
@@ -171,12 +237,16 @@ def loader(labels: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "teacher":
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        against_teacher()
-        sys.exit()
-    torch.set_num_threads(1)
-    if sys.argv[1] == "graph":
-        graph()
-    else:
-        loader(dict(a.split("=", 1) for a in sys.argv[2:])["labels"])
+    options = dict(a.split("=", 1) for a in sys.argv[2:])
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]) if sys.argv[1] == "teacher" else 1)
+    match sys.argv[1]:
+        case "teacher":
+            against_teacher()
+        case "graph":
+            graph()
+        case "plot":
+            plot(options)
+        case "loader":
+            loader(options["labels"])
+        case other:
+            sys.exit(f"{other}: expected teacher, graph, plot or loader")
