@@ -382,6 +382,44 @@ def test_what_a_store_says_in_its_own_words_is_an_error_of_the_disk(monkeypatch)
         content_keys(source, ["a.png"], threads=1)
 
 
+def test_a_store_that_fails_inside_an_open_tar_is_asked_again(monkeypatch, tmp_path):
+    """Four reads of five may fail with an exception of the store's own; a refusal is said."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFile
+
+    class StoreError(Exception):
+        status = 500
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, png in enumerate(PNGS[:2]):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.size = len(png)
+            tar.addfile(info, io.BytesIO(png))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/cut/a.tar", (tmp_path / "a.tar").read_bytes())
+    source, left, read = open_source("memory://cut"), 4, MemoryFile.read
+
+    def flaky(self, *args):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise StoreError("connection lost")
+        return read(self, *args)
+
+    monkeypatch.setattr("teacher.jobs.commit.WAITS_S", (0.0,) * 4)
+    monkeypatch.setattr(MemoryFile, "read", flaky)
+    (_, second) = source.list()
+    assert content_keys(source, [second], threads=1) == [content_key(PNGS[1])]
+    left, StoreError.status = 99, 403
+    with pytest.raises(UsageError, match=r"1\.png' cannot be read"):
+        content_keys(source, [second], threads=1)
+    left, StoreError.status = 4, 500
+    assert len(open_source("memory://cut").list()) == 2
+    left = 99
+    with pytest.raises(EnvironmentFailure, match=r"reading a\.tar: connection lost .*five times"):
+        open_source("memory://cut")
+
+
 def test_the_index_of_a_label_set_is_no_table_of_images(tmp_path, balls):
     import fsspec
     import pyarrow as pa

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.jobs.containers import File
 from teacher.label import Camera
 from teacher.shards import content_key
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """An exception of a store's own becomes the one that the system has for it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        refused = getattr(error, "status", None) in (401, 403)
+        raise (PermissionError if refused else ConnectionError)(str(error)) from error
+
+
+class _Opened(io.RawIOBase):
+    """A store's file, read by offset."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self.file.tell())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        with _answered():
+            data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 class RemoteFiles:
@@ -38,22 +83,20 @@ class RemoteFiles:
     def file(self, uri: str) -> File:
         """A file that holds several images: opened where it lies, read by offset."""
         path = self._path(uri)
-        return File(
-            path=Path(uri), open=lambda: self.files.open(path, "rb"), stamp=lambda: self._mark(path)
-        )
+
+        def opened() -> Any:
+            with _answered():
+                return _Opened(self.files.open(path, "rb"))
+
+        return File(path=Path(uri), open=opened, stamp=lambda: self._mark(path))
 
     def beside(self, uri: str, name: str) -> bytes:
         """The file ``name`` of the folder that ``uri`` lies in."""
         return self._cat(f"{self._path(uri).rpartition('/')[0]}/{name}")
 
     def _cat(self, path: str) -> bytes:
-        try:
+        with _answered():
             return self.files.cat_file(path)
-        except OSError:
-            raise
-        except Exception as error:  # stores have errors of their own
-            refused = getattr(error, "status", None) in (401, 403)
-            raise (PermissionError if refused else ConnectionError)(str(error)) from error
 
     def keyed_by_bytes(self, uri: str) -> bool:
         """Always."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections import Counter
@@ -333,8 +334,9 @@ def sorted_out(
         if suffix_of(name) not in openers:
             plain.append(name)
             continue
+        opened = functools.partial(openers[suffix_of(name)], file(name))
         try:
-            parts[readable(name)] = openers[suffix_of(name)](file(name))
+            parts[readable(name)] = patiently(opened, what=f"reading {readable(name)}")
         except UsageError as error:
             broken[str(error)] = None
     if broken:  # all at once: who mends one would else meet the next
