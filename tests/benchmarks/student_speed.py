@@ -202,7 +202,11 @@ def plot(options: dict[str, str]) -> None:
             x = best[name] / megapixels
             print(f"{name}: {x:.0f} ms per megapixel, {measure} {value:.4f}")
             axis.plot(x, value, "s" if name in slow else "o", color="C1" if name in slow else "C0")
-            axis.annotate(name, (x, value), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            side = -1 if name in slow else 1  # the slow ones lie at the right
+            axis.annotate(
+                name, (x, value), xytext=(5 * side, 5), textcoords="offset points", fontsize=7,
+                ha="right" if name in slow else "left",
+            )  # fmt: skip
         axis.set(xscale="log", xlabel="ms per megapixel", ylabel=f"{task} {measure}")
         axis.margins(x=0.35, y=0.15)
     figure.savefig(options["out"], dpi=110)
