@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from teacher.errors import UsageError
-from teacher.jobs.commit import create_exclusive, name_synced, naming, temporary_beside, tidy
+from teacher.jobs.commit import (
+    DATASET,
+    INDEX,
+    create_exclusive,
+    name_synced,
+    naming,
+    temporary_beside,
+    tidy,
+)
 from teacher.label import Camera, Label, Task, validate
 from teacher.shard_writer import ShardWriter
 from teacher.shards import (
@@ -51,7 +59,6 @@ __all__ = [
     "write_index",
     "write_label_set",
 ]
-DATASET, INDEX = "dataset.json", "index.parquet"
 UNITS = {
     "depth": "metres to the camera plane; NaN unknown, +inf sky",
     "normals": "unit vector, camera frame x right, y up, z toward the viewer; NaN unknown",

@@ -26,9 +26,10 @@ R = TypeVar("R")
 TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
 WAITS_S = (0.1, 0.5, 2.0, 5.0)  # before the second, third ... attempt
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+DATASET, INDEX, RUN = "dataset.json", "index.parquet", "run.json"  # beside the shards of a set
 # the names in a label set's folder that are its own, whether they exist yet or not
 OWN_NAMES = re.compile(
-    r"dataset\.json|index\.parquet|run\.json|shard-\d+\.(tar|json)|\..+\.(lease|tmp)"
+    rf"{'|'.join(map(re.escape, (DATASET, INDEX, RUN)))}|shard-\d+\.(tar|json)|\..+\.(lease|tmp)"
 )
 OWNER = re.compile(r"\.(?P<of>.+)\.(?P<host>[^.~]+)~(?P<pid>\d+)~[0-9a-f]+\.tmp")
 
@@ -187,7 +188,7 @@ def replace_atomically(path: Path, data: bytes) -> None:
 
 def is_own_name(path: Path) -> bool:
     """Whether a path lies in a label set's folder and has a name of its own files (`OWN_NAMES`)."""
-    within = (path.parent / "dataset.json").exists() or any(path.parent.glob("shard-*.json"))
+    within = (path.parent / DATASET).exists() or any(path.parent.glob("shard-*.json"))
     return within and OWN_NAMES.fullmatch(path.name) is not None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from teacher.errors import EnvironmentFailure, UsageError
-from teacher.jobs.commit import replace_atomically
+from teacher.jobs.commit import RUN, replace_atomically
 from teacher.jobs.engines import Tally, Worker
 from teacher.jobs.licences import for_label_job, read_ledger, refuse
 from teacher.jobs.plan import Plan, make_plan
@@ -319,5 +319,5 @@ def report(
             f"; a million images would cost {facts['teacher_hours_per_million']} teacher hours and "
             f"{facts['gb_per_million']} GB"
         )
-    replace_atomically(folder / "run.json", json.dumps(facts, indent=1).encode() + b"\n")
+    replace_atomically(folder / RUN, json.dumps(facts, indent=1).encode() + b"\n")
     return facts | {"summary": summary}

@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/student_heads.py train=six-a,six-b,... \\
         held=truth/held-out,truth/shifted out=out/heads steps=600 heads
 
-    ... once=once-a,once-b,... truth=truth/a,truth/b,... two=... labels
+    ... once=once-a,once-b,... answers
+    ... truth=truth/a,truth/b,... truth
+    ... two=two-a,... six=six-a budget
 
     python tests/benchmarks/student_heads.py versus students=a/student.safetensors,b/... \\
         held=truth/held-out answers=teacher/held-out [out=FILE]
@@ -13,10 +15,10 @@ images=truth/held-out`), per image, by a paired bootstrap.
 
 Every variant differs from the first, `log` (the shipped recipe on ``train``), in one thing; all
 take as many steps of as many images, and each is scored on every held-out set by `teacher.score`.
-`labels` (further label sets of the same images): one answer per image instead of a consensus,
-truth, and a third and a sixth of the images with two and six answers each, which cost the teacher
-as much as one of each. The last lines compare each variant with the first by a paired bootstrap
-over images. Runs resume; finished ones are scored again only.
+Further label sets of the same images: `answers`, one answer per image instead of a consensus;
+`truth`; `budget`, a third and a sixth of the images with two and six answers each, which cost the
+teacher as much as one of each. The last lines compare each variant with the first by a paired
+bootstrap over images. Runs resume; finished ones are scored again only.
 """
 
 import json
@@ -57,7 +59,10 @@ TRAINER = {
 FIRST: tuple[str, dict[str, Any]] = ("log", {})
 VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "heads": [(n, {"student": {"depth_head": n}}) for n in ("bins", "mixture")],
-    "labels": [(n, {"data": n}) for n in ("once", "truth", "two", "six")],
+    "rate": [(f"rate {lr}", {"trainer": {"lr": lr}}) for lr in (0.001, 0.006)],
+    "answers": [("once", {"data": "once"})],
+    "truth": [("truth", {"data": "truth"})],
+    "budget": [(n, {"data": n}) for n in ("two", "six")],
     "weights": [("no weights", {"uncertainty": False})],
     "augment": [(n, {"trainer": {"augment": n}}) for n in ("strong", "none")],
     "tasks": [(f"{n} alone", {"student": {"tasks": [n]}}) for n in ("depth", "normals")],
