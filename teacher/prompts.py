@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ImageColor
 
 from teacher.errors import UsageError
-from teacher.wordings import OPENERS, SLOTS, UNKNOWN, WORDINGS
+from teacher.wordings import OPENERS, SENTENCES, SLOTS, TEMPLATES
 
 KINDS = ("depth", "normals", "semantic", "instances", "generate", "other")
 """What a prompt can ask; ``other`` is everything a generator was not tuned for."""
@@ -52,16 +52,16 @@ def _map_text(colour_map: str) -> str:
     return f", using the {colour_map} colour map"
 
 
-def fill(template: str, rng: np.random.Generator | None = None, **slots: str) -> str:
-    """A template with its slots filled; free slots take their first text, or a random one.
+def fill(wording: str, rng: np.random.Generator | None = None, **slots: str) -> str:
+    """A wording with its slots filled; free slots take their first text, or a random one.
 
     One random text in five begins with one of `OPENERS`.
     """
     for name, texts in SLOTS.items():
-        if f"{{{name}}}" in template:
+        if f"{{{name}}}" in wording:
             chosen = texts[0] if rng is None else str(rng.choice(texts))
             slots[name] = chosen.format(**slots)  # "rest" names the background
-    text = template.format(**slots)
+    text = wording.format(**slots)
     if rng is not None and rng.random() < 0.2:
         return str(rng.choice(OPENERS)) + text[:1].lower() + text[1:]
     return text
@@ -101,13 +101,24 @@ def generate(caption: str, *, rng: np.random.Generator | None = None) -> str:
 
 def unknown(*, rng: np.random.Generator) -> str:
     """Something a vision generator of ours cannot do: it must be refused."""
-    return fill(str(rng.choice(UNKNOWN)), rng)
+    return _write("other", rng)
+
+
+def template(kind: str, rng: np.random.Generator | None = None) -> str:
+    """A wording of ``kind`` with its slots open: the default one, or a random one.
+
+    Half of the random ones are templates, half sentences (`teacher.wordings`).
+    """
+    if rng is None:
+        return TEMPLATES[kind][0]
+    texts = TEMPLATES[kind]
+    if SENTENCES.get(kind) and rng.random() < 0.5:
+        texts = SENTENCES[kind]
+    return texts[int(rng.integers(len(texts)))]
 
 
 def _write(kind: str, rng: np.random.Generator | None, **slots: str) -> str:
-    templates = WORDINGS[kind]
-    template = templates[0] if rng is None else templates[int(rng.integers(len(templates)))]
-    return fill(template, rng, **slots)
+    return fill(template(kind, rng), rng, **slots)
 
 
 def distinct_colours(

@@ -19,10 +19,47 @@ from teacher import prompts
 from teacher.generators.mini_generator import MiniGenerator, draw, text_batch
 from teacher.generators.mini_net import Features, MiniNet, Prompt
 from teacher.prompts import KINDS
+from teacher.wordings import SLOTS
 
 HUBER = 0.1  # RGB distance (of [-1, 1]) below which the robust loss is quadratic
 MSE_SHARE, TASK_SHARE, POINT_SHARE, SIGHT_SHARE = 0.25, 0.05, 0.1, 0.3
-UNKNOWN_PER_BATCH = 12
+READ_PER_BATCH = 48  # requests that are only read, not answered; half of them are foreign
+WORD_DROPOUT = 0.15
+
+
+def reading_lesson(rng: np.random.Generator, count: int) -> tuple[list[str], list[int]]:
+    """``count`` random requests and what they ask (indices of `KINDS`), for the text encoder alone.
+
+    Reading is cheap beside drawing, so it is practised on many more sentences than are drawn. Half
+    of them lose words at random (Iyyer et al., ACL 2015: word dropout), so that no single word
+    decides. Classes and colours come from anywhere: what is read must not depend on them.
+    """
+    texts, kinds = [], []
+    things = [*SLOTS["thing"], *SLOTS["thing_too"]]
+    for n in range(count):
+        kind = KINDS[int(rng.integers(4))] if n % 2 else "other"
+        if kind == "depth":
+            text = prompts.depth(colour_map=str(rng.choice(prompts.COLOUR_MAPS)), rng=rng)
+        elif kind == "normals":
+            text = prompts.normals(rng=rng)
+        elif kind == "semantic":
+            names = rng.choice(things, int(rng.integers(2, 6)), replace=False)
+            colours = prompts.distinct_colours(len(names), rng=rng)
+            notation = prompts.NOTATIONS[int(rng.integers(len(prompts.NOTATIONS)))]
+            palette = dict(zip((str(name) for name in names), colours, strict=True))
+            text = prompts.semantic(palette, notation=notation, rng=rng)
+        elif kind == "instances":
+            colour = str(rng.choice(["black", "white", "grey", "#203040", "<9, 0, 200>"]))
+            text = prompts.instances(str(rng.choice(things)), background=colour, rng=rng)
+        else:
+            text = prompts.unknown(rng=rng)
+        if n % 4 < 2:
+            words = text.split()
+            kept = [w for w in words if rng.random() > WORD_DROPOUT]
+            text = " ".join(kept if len(kept) > 1 else words)
+        texts.append(text)
+        kinds.append(KINDS.index(kind))
+    return texts, kinds
 
 
 class Losses(NamedTuple):
@@ -108,12 +145,11 @@ class MiniAdapter:
         semantic answers) and the encoder's own sight (`Sight`).
         """
         net, device = self.net, batch.answer.device
-        rng = np.random.default_rng(step)
-        free = [prompts.unknown(rng=rng) for _ in range(UNKNOWN_PER_BATCH)]
+        read, asked = reading_lesson(np.random.default_rng(step), READ_PER_BATCH)
         n = len(batch.prompts)
-        text = text_batch([*batch.prompts, *free], max_tokens=net.max_tokens, device=device)
+        text = text_batch([*batch.prompts, *read], max_tokens=net.max_tokens, device=device)
         everything = net.text(text)
-        kinds = torch.cat([batch.kinds, batch.kinds.new_full((len(free),), KINDS.index("other"))])
+        kinds = torch.cat([batch.kinds, batch.kinds.new_tensor(asked)])
         text_loss = F.cross_entropy(everything.kinds.float(), kinds)
 
         s = batch.s[:, None, None, None]

@@ -25,7 +25,7 @@ from distill.tune.scenes_cache import (
     Scenes,
     depth_of_codes_m,
 )
-from teacher import prompts, wordings
+from teacher import prompts
 from teacher.prompts import KINDS, NOTATIONS, RGB
 
 DISTRACTORS = ("cat", "car", "tree", "person", "book", "cup", "dog", "curtain", "river", "bird",
@@ -278,8 +278,7 @@ class Pairs:
             colours = [css[t] for t in texts]
             order = rng.permutation(len(names))
             listing = ", ".join(f"{names[i]}: {texts[i]}" for i in order) + "."
-            template = str(rng.choice(wordings.WORDINGS["semantic"]))
-            text = prompts.fill(template, rng, palette=listing)
+            text = prompts.fill(prompts.template("semantic", rng), rng, palette=listing)
         else:
             colours = prompts.distinct_colours(len(names), rng=rng)
             order = rng.permutation(len(names))
