@@ -114,13 +114,14 @@ class FeatureLoss(nn.Module):
         self.seen: list[Tensor] = []
         student.backbone.register_forward_hook(lambda _, __, out: setattr(self, "seen", out))
 
-    def forward(self, clean: Tensor) -> Tensor:
-        """After the student has looked: the loss for the unchanged pictures [B,3,H,W]."""
-        teacher = self.teacher[0].to(clean.device)
-        with torch.no_grad():
-            aim = teacher(clean).float()
-        said = self.project(self.seen[self.level].float())
-        return feature_loss(said, aim)
+    @torch.no_grad()
+    def aim(self, clean: Tensor) -> Tensor:
+        """What the frozen network sees of the unchanged pictures [B,3,H,W]; autocast may apply."""
+        return self.teacher[0].to(clean.device)(clean).float()
+
+    def forward(self, aim: Tensor) -> Tensor:
+        """After the student has looked: the loss against `aim`."""
+        return feature_loss(self.project(self.seen[self.level].float()), aim)
 
 
 def feature_loss(said: Tensor, aim: Tensor) -> Tensor:

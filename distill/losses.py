@@ -15,7 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.losses_depth import depth_losses, normals_of_depth, on_one_surface
+from distill.losses_depth import (
+    cross_product,
+    depth_losses,
+    normals_of_depth,
+    on_one_surface,
+)
 from distill.masked import Map, global_sum, label_weight, masked_mean, reliable
 
 # What each term contributes to the total.
@@ -44,8 +49,8 @@ def angle_rad(a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Map:
 
     The gradient stays finite at equal vectors through a floor of 1e-4 rad under the root.
     """
-    cross = torch.linalg.cross(a, b, dim=1)
-    sine = ((cross**2).sum(1, keepdim=True) + 1e-8).sqrt()
+    x, y, z = cross_product(a, b)
+    sine = (x * x + y * y + z * z + 1e-8).sqrt()
     return torch.atan2(sine, (a * b).sum(1, keepdim=True))
 
 

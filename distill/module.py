@@ -21,7 +21,7 @@ from distill.capture import save_capture
 from distill.features import FeatureLoss
 from distill.losses import all_losses
 from distill.parallel import add_gradients, agreed, rank
-from distill.trainer import PRECISIONS, TrainerConfig
+from distill.trainer import PRECISIONS, DepthwiseInFloat32, TrainerConfig
 from student.model import Student
 
 FINAL_LR = 0.01  # share of the peak learning rate at the end of the cosine
@@ -183,6 +183,8 @@ class Lesson(L.LightningModule):
     def on_fit_start(self) -> None:
         """Lightning has placed the student; the average follows."""
         self.average.student.to(self.device)
+        if self.device.type == "cpu" and self.precision_name == "bf16":
+            DepthwiseInFloat32.within(self.student)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One optimiser step, or a skipped one when loss or gradient is not finite."""
@@ -231,9 +233,10 @@ class Lesson(L.LightningModule):
             dtype = PRECISIONS[self.precision_name]
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 answer = self.student(image)
+                aim = self.features.aim(piece["clean"]) if self.features is not None else None
             losses = all_losses(answer, piece)
             if self.features is not None:
-                losses["features"] = self.features(piece["clean"])
+                losses["features"] = self.features(aim)
                 losses["total"] = losses["total"] + self.features.weight * losses["features"]
             self.manual_backward(losses["total"] * (self.loss_scale / passes))
             for name, value in losses.items():

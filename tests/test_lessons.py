@@ -23,7 +23,7 @@ from distill.lesson_report import curve, read_rows, write_report
 from distill.module import Diverged, Lesson, layers_of, parameter_groups
 from distill.start import start_from, told
 from distill.train import train
-from distill.trainer import trainer_config
+from distill.trainer import DepthwiseInFloat32, trainer_config
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
@@ -91,6 +91,40 @@ def test_half_precision_scales_the_loss_and_an_overflow_costs_one_step(lesson):
     lesson.loss_scale = 1.0
     lesson.set_precision("fp16")  # as a resumed lesson does
     assert lesson.loss_scale == 1.0
+
+
+def test_bf16_on_a_cpu_leaves_depthwise_convolutions_in_float32(lesson):
+    """Their bfloat16 gradient is several times slower there (docs/results.md)."""
+
+    def types() -> dict[bool, set[torch.dtype]]:
+        """Depthwise or not -> what the student's convolutions return in a training step."""
+        found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+        hooks = [
+            layer.register_forward_hook(
+                lambda m, _, out: found[m.groups == m.in_channels > 1].add(out.dtype)
+            )
+            for layer in lesson.student.modules()
+            if isinstance(layer, torch.nn.Conv2d)
+        ]
+        lesson.training_step(batch(), 0)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    lesson.set_precision("bf16")
+    assert types() == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    lesson.on_fit_start()
+    assert types() == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert not any(isinstance(m, DepthwiseInFloat32) for m in lesson.average.student.modules())
+    for name, p in lesson.student.named_parameters():
+        assert p.grad is None and p.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_other_precisions_leave_depthwise_convolutions_alone(lesson, name):
+    lesson.set_precision(name)
+    lesson.on_fit_start()
+    assert not any(isinstance(m, DepthwiseInFloat32) for m in lesson.student.modules())
 
 
 def test_overflows_of_half_precision_never_end_a_lesson(lesson, monkeypatch):
