@@ -5,6 +5,7 @@ A student is fitted to truth by constants of its own graph; a teacher's part is 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 
 from distill.samples import Frame, compact, make_sample
-from distill.scale_fit import Fit, Pair, fit_scale, fit_uncertainty
+from distill.scale_fit import Fit, Pair, fit_confidence, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.calibrate import calibrate as calibrate_teacher
 from teacher.errors import UsageError
 from teacher.jobs.licences import merged, of_label_set, of_student
 from teacher.metrics import angles_deg
+from teacher.score import RIGHT_DEG, RIGHT_RATIO
 from teacher.store import LabelSet
 
 POINTS = 2000  # per image that enter a fit, evenly spread
@@ -70,7 +72,8 @@ def fit_student(
 
     Returns:
         ``summary``; ``depth``, ``depth_uncertainty``, ``normals_uncertainty``: `scale_fit.Fit` as
-        JSON, for what student and labels both have; ``images``.
+        JSON, for what student and labels both have; ``confidence``: such a one per task, of the
+        uncertainties as they were fitted; ``images``.
 
     Raises:
         UsageError: no labelled image, or depth that nobody measured (`distill.samples`).
@@ -86,21 +89,28 @@ def fit_student(
         raise UsageError(f"labels={labels}: no labelled image in it")
     pairs = measured(model, truth, keys)
     found: dict[str, Fit] = {}
+    errors: dict[str, list[Pair]] = {}
     if "depth" in pairs:
         found["depth"] = fit_scale(keys, pairs["depth"])
         a, b = found["depth"].values
-        errors = [
+        errors["depth"] = [
             (u, np.abs(np.log(np.maximum(a * d + b, 1e-3) / t)))
             for u, (d, t) in zip(pairs["depth_u"], pairs["depth"], strict=True)
         ]
-        if model.config["uncertainty"]:
-            found["depth_uncertainty"] = fit_uncertainty(keys, errors)
-    if "normals" in pairs and model.config["uncertainty"]:
-        found["normals_uncertainty"] = fit_uncertainty(keys, pairs["normals"])
+    if "normals" in pairs:
+        errors["normals"] = pairs["normals"]
+    sure: dict[str, Fit] = {}
+    for task in errors if model.config["uncertainty"] else ():
+        fit = found[f"{task}_uncertainty"] = fit_uncertainty(keys, errors[task])
+        gain, power = fit.values
+        fitted_u = [(gain * u**power, e) for u, e in errors[task]]
+        right_below = {"depth": math.log(RIGHT_RATIO), "normals": RIGHT_DEG}[task]
+        sure[task] = fit_confidence(keys, fitted_u, right_below=right_below)
     kept = {name: list(fit.values) for name, fit in found.items() if fit.kept}
     fitted = Student(**{**old.config, "calibration": kept}).eval()
     fitted.load_state_dict(old.state_dict())
-    about = {name: fit.to_json() for name, fit in found.items()}
+    about: dict[str, Any] = {name: fit.to_json() for name, fit in found.items()}
+    about["confidence"] = {task: fit.to_json() for task, fit in sure.items()}
     domain = {"plan_hash": truth.meta["plan_hash"], "images": len(keys)}
     licences = merged(of_student(old.provenance), of_label_set(truth.meta))
     provenance = {"calibration": {"domain": domain, **about}, "licences": licences}
@@ -109,6 +119,10 @@ def fit_student(
         f"{name} {'x'.join(f'{v:.3g}' for v in fit.values) if fit.kept else 'as it was'} "
         f"({fit.before:.3g} -> {fit.after:.3g})"
         for name, fit in found.items()
+    ) + "".join(
+        f"; {task} confidence {'by table' if fit.kept else 'by its law'}, Brier "
+        f"{fit.before:.3g} -> {fit.after:.3g}"
+        for task, fit in sure.items()
     )
     return {"summary": f"{out}: {shown}", "images": len(keys), **about}
 

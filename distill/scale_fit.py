@@ -1,8 +1,9 @@
 """A student made right for one camera or place: its depth's scale, its uncertainties' size.
 
 A few true measurements give a and b of ``depth -> a depth + b`` and, per task, g and p of
-``u -> g u^p``, all in closed form (p by a search along a line). Each is kept only if images that it
-was not fitted on get better by more than chance: otherwise the student stays as it is.
+``u -> g u^p``, all in closed form (p by a search along a line), and a table of how often a pixel of
+a given uncertainty is right. Each is kept only if images that it was not fitted on get better by
+more than chance: otherwise the student stays as it is.
 """
 
 from __future__ import annotations
@@ -12,29 +13,33 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from teacher.calibrate import rising
 
 FOLDS = 5
 POWERS = (0.25, 2.5)  # of an uncertainty; beyond, it would say something else than it was taught
 NEAR = 1.5
+V = TypeVar("V")
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """Two numbers, and what cross-validation says of them.
+class Fit(Generic[V]):
+    """Two numbers or a table, and what cross-validation says of them.
 
     Attributes:
-        values: (a, b) of a depth, (g, p) of an uncertainty; the identity if not kept.
+        values: (a, b) of a depth, (g, p) of an uncertainty, (uncertainties, probabilities) of a
+            confidence; what they would be without a fit if not kept.
         kept: whether images that it was not fitted on got better by more than two standard errors.
         before, after: mean loss over images without and with, each image judged by the fit of the
-            others (depth: |ln ratio|; uncertainty: negative log likelihood).
+            others (depth: |ln ratio|; uncertainty: negative log likelihood; confidence: Brier).
         images: with something to judge.
     """
 
-    values: tuple[float, float]
+    values: V
     kept: bool
     before: float
     after: float
@@ -42,9 +47,11 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        return dataclasses.asdict(self) | {"values": list(self.values)}
+        return dataclasses.asdict(self) | {"values": np.asarray(self.values).tolist()}
 
 
+Two = tuple[float, float]
+Table = tuple[np.ndarray, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -112,19 +119,19 @@ def likelihood(pair: Pair, values: tuple[float, float]) -> float:
 def cross_validated(
     keys: Sequence[str],
     pairs: Sequence[Pair],
-    fit: Callable[[np.ndarray, np.ndarray], tuple[float, float]],
-    loss: Callable[[Pair, tuple[float, float]], float],
+    fit: Callable[[np.ndarray, np.ndarray], V],
+    loss: Callable[[Pair, V], float],
     *,
-    identity: tuple[float, float],
-) -> Fit:
+    identity: V,
+) -> Fit[V]:
     """Fit on all images; keep it only if it helps those that a fold's fit has not seen.
 
     Args:
         keys: of the images, which alone decide the folds.
         pairs: per image the two arrays that ``fit`` and ``loss`` take, equally long.
-        fit: concatenated arrays -> the two numbers.
-        loss: one image's arrays and the numbers -> its loss.
-        identity: the numbers that change nothing.
+        fit: concatenated arrays -> the two numbers, or a table.
+        loss: one image's arrays and what was fitted -> its loss.
+        identity: what holds without a fit.
     """
     used = [(k, p) for k, p in zip(keys, pairs, strict=True) if len(p[0])]
     if len(used) < 2:
@@ -156,7 +163,7 @@ def _joined(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(first), np.concatenate(second)
 
 
-def fit_scale(keys: Sequence[str], depths: Sequence[Pair]) -> Fit:
+def fit_scale(keys: Sequence[str], depths: Sequence[Pair]) -> Fit[Two]:
     """The scale, or scale and shift, of a student's depth against true depths, if either helps.
 
     Args:
@@ -175,7 +182,7 @@ def fit_scale(keys: Sequence[str], depths: Sequence[Pair]) -> Fit:
     return min(kept, key=lambda f: f.after)
 
 
-def fit_uncertainty(keys: Sequence[str], pairs: Sequence[Pair]) -> Fit:
+def fit_uncertainty(keys: Sequence[str], pairs: Sequence[Pair]) -> Fit[Two]:
     """Gain and power of an uncertainty against true errors, if they help.
 
     Args:
@@ -183,3 +190,27 @@ def fit_uncertainty(keys: Sequence[str], pairs: Sequence[Pair]) -> Fit:
         pairs: per image (uncertainty, |error|) at the judged pixels [n]; log depth or degrees.
     """
     return cross_validated(keys, pairs, fit_power, likelihood, identity=(1.0, 1.0))
+
+
+def fit_confidence(keys: Sequence[str], pairs: Sequence[Pair], *, right_below: float) -> Fit[Table]:
+    """How often a pixel is right, by its uncertainty: the law of the losses, or a fitted table.
+
+    By that law the error is exponential with mean u, so it stays below a limit t with probability
+    1 - exp(-t / u); real errors have longer tails. The table is an isotonic regression on equally
+    filled bins (Zadrozny & Elkan 2002), as the teacher's (`teacher.calibrate`).
+
+    Args:
+        keys: of the images.
+        pairs: per image (uncertainty, |error|) at the judged pixels [n]; log depth or degrees.
+        right_below: errors below it are right, in the same unit.
+    """
+
+    def table(uncertainty: np.ndarray, error: np.ndarray) -> Table:
+        x, p = rising(-np.asarray(uncertainty, np.float64), (error < right_below).astype(float))
+        return -x[::-1], p[::-1]
+
+    def brier(pair: Pair, values: Table) -> float:
+        return float(((np.interp(pair[0], *values) - (pair[1] < right_below)) ** 2).mean())
+
+    u = right_below * np.geomspace(1 / 64, 64, 97)
+    return cross_validated(keys, pairs, table, brier, identity=(u, 1 - np.exp(-right_below / u)))

@@ -93,6 +93,17 @@ class Card:
         """The label tasks among the outputs, in the contract's order."""
         return tuple(t for t in ("depth", "normals", "semantic") if t in self.outputs)
 
+    def confidence(self, task: str, uncertainty: np.ndarray) -> np.ndarray | None:
+        """Probability that a pixel is right (depth ratio < 1.25, angle < 11.25 degrees), float32.
+
+        From ``uncertainty``, the output ``<task>_uncertainty`` of any shape, by the table that
+        `distill calibrate checkpoint=` has put beside the student; None if it never did.
+        """
+        tables = self.provenance.get("calibration", {}).get("confidence", {})
+        if task not in tables:
+            return None
+        return np.interp(uncertainty, *tables[task]["values"]).astype(np.float32)
+
 
 def describe_output(name: str) -> Output:
     """The contract of one output, or an `ArtefactError` that lists the known names."""
@@ -154,6 +165,10 @@ def _check(card: Card) -> None:
         length = getattr(card, name)
         if not (isinstance(length, int | float) and 0 < length < math.inf):
             raise ValueError(f"{name} is {length!r}, expected a positive number of pixels")
+    for task, fit in card.provenance.get("calibration", {}).get("confidence", {}).items():
+        u, p = np.asarray(fit["values"], np.float64)  # a table of two rows
+        if not (len(u) and (np.diff(u) >= 0).all() and (np.abs(p - 0.5) <= 0.5).all()):
+            raise ValueError(f"confidence of {task}: no table of rising uncertainties")
     if not (isinstance(card.precision, str) and isinstance(card.focal_input, bool)):
         raise ValueError(f"precision {card.precision!r}, focal_input {card.focal_input!r}")
 

@@ -7,6 +7,8 @@ length follows, so metres stay metres. Written per image, beside each other:
     NAME.normals.npy      float32 [h, w, 3] unit vectors      NAME.normals.png   picture
     NAME.semantic.png     8- or 16-bit class ids              NAME.semantic.view.png   picture
     NAME.<task>_uncertainty.npy   float32 [h, w], unit as in `teacher.label`
+    NAME.<task>_confidence.npy    float32 [h, w], probability of being right, of a student that
+                                  `distill calibrate checkpoint=` has seen
 
 and ``predictions.json`` with one row per input: every input is answered, or rejected with a reason.
 """
@@ -177,6 +179,10 @@ def _answer(group: list[Item], runtime: Runtime, folder: Path) -> list[dict[str,
     rows = []
     for i, item in enumerate(group):
         own = to_label_space({n: a[i] for n, a in answers.items()}, item.box)
+        for task in runtime.card.tasks:
+            if f"{task}_uncertainty" in own:
+                sure = runtime.card.confidence(task, own[f"{task}_uncertainty"])
+                own |= {} if sure is None else {f"{task}_confidence": sure}
         rows.append(_write(item, own, folder))
     return rows
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -6,7 +7,16 @@ from analytic_scenes import write_analytic_set
 
 from distill.cli import run_verb
 from distill.fit_student import fit_student
-from distill.scale_fit import fit_affine, fit_power, fit_scale, fit_uncertainty
+from distill.scale_fit import (
+    fit_affine,
+    fit_confidence,
+    fit_power,
+    fit_scale,
+    fit_uncertainty,
+)
+from export.artefact import ArtefactError, card_from_metadata, card_to_metadata
+from export.onnx_graph import card_of
+from export.predict import predict
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
@@ -120,6 +130,68 @@ def test_gain_and_power_of_an_uncertainty_come_back():
     assert not fit_uncertainty(KEYS[:10], right).kept
 
 
+def test_the_confidence_of_errors_with_a_long_tail_is_what_was_found():
+    """Mean u, but by many small angles and a few of 45 degrees: oftener right than by the law."""
+    rng = np.random.default_rng(0)
+    u = rng.uniform(4, 16, (12, 5000))
+    outlier = rng.random(u.shape) < u / 45
+    errors = np.where(outlier, 45.0, 0.0)
+    found = fit_confidence(KEYS, list(zip(u, errors, strict=True)), right_below=11.25)
+    assert found.kept and found.after < found.before - 0.005
+    x, p = found.values
+    assert (np.diff(x) > 0).all() and (np.diff(p) <= 0).all()
+    np.testing.assert_allclose(p, 1 - x / 45, atol=0.02)
+
+
+def test_the_confidence_of_exponential_errors_stays_that_of_the_law():
+    rng = np.random.default_rng(1)
+    u = rng.uniform(2, 30, (12, 40))
+    pairs = list(zip(u, rng.exponential(u), strict=True))
+    found = fit_confidence(KEYS[:12], pairs, right_below=11.25)
+    assert not found.kept
+    asked = np.array([3.0, 11.25, 25.0])
+    np.testing.assert_allclose(
+        np.interp(asked, *found.values), 1 - np.exp(-11.25 / asked), atol=2e-3
+    )
+
+
+def test_a_fitted_students_answers_say_how_likely_they_are_right(tmp_path):
+    """Through the checkpoint, the exported file's metadata and `distill predict`."""
+    write_analytic_set(tmp_path / "truth", n=8, height=32, width=48)
+    student = Student(backbone="test_efficientnet", height=32, width=64).eval()
+    save_student(student, tmp_path / "a.safetensors", {})
+    plain = {"model": str(tmp_path / "a.safetensors"), "images": str(tmp_path / "truth")}
+    predict(**plain, out=str(tmp_path / "plain"))
+    assert not list((tmp_path / "plain").rglob("*_confidence.npy"))
+    found = fit_student(
+        checkpoint=str(tmp_path / "a.safetensors"),
+        labels=str(tmp_path / "truth"),
+        out=str(tmp_path / "b.safetensors"),
+    )
+    fitted = load_student(tmp_path / "b.safetensors")
+    card = card_from_metadata(card_to_metadata(card_of(fitted)), where="here")
+    predict(
+        model=str(tmp_path / "b.safetensors"),
+        images=str(tmp_path / "truth"),
+        out=str(tmp_path / "said"),
+    )
+    for task in ("depth", "normals"):
+        files = sorted((tmp_path / "said").rglob(f"*{task}_confidence.npy"))
+        assert len(files) == 8
+        sure = np.load(files[0])
+        u = np.load(str(files[0]).replace("_confidence", "_uncertainty"))
+        assert sure.dtype == np.float32 and sure.shape == (32, 48)
+        want = np.interp(u, *found["confidence"][task]["values"])
+        np.testing.assert_allclose(sure, want, atol=1e-6)
+        np.testing.assert_array_equal(card.confidence(task, u), sure)
+    assert card.confidence("semantic", u) is None
+    turned = {"confidence": {"depth": {"values": [[2, 1], [0, 1]]}}}
+    damaged = {**fitted.provenance, "calibration": turned}
+    metadata = card_to_metadata(dataclasses.replace(card, provenance=damaged))
+    with pytest.raises(ArtefactError, match="confidence of depth: no table"):
+        card_from_metadata(metadata, where="here")
+
+
 def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):
     write_analytic_set(tmp_path / "truth", n=8, height=32, width=48)
     student = Student(backbone="test_efficientnet", height=32, width=64, tasks=["depth"]).eval()
@@ -130,7 +202,8 @@ def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):
     assert first["images"] == 8 and first["depth"]["after"] <= first["depth"]["before"] + 1e-9
     assert fitted.provenance["steps"] == 3
     assert fitted.provenance["calibration"]["depth"] == first["depth"]
-    wanted = {k: v["values"] for k, v in first.items() if isinstance(v, dict) and v["kept"]}
+    fits = {k: v for k, v in first.items() if isinstance(v, dict) and k != "confidence"}
+    wanted = {k: v["values"] for k, v in fits.items() if v["kept"]}
     assert fitted.config["calibration"] == wanted
     arguments["checkpoint"] = str(tmp_path / "b.safetensors")
     again = fit_student(**arguments, out=str(tmp_path / "c.safetensors"))

@@ -4,8 +4,9 @@
         held=truth/held-out out=out/fit
 
 Every second image of ``held`` fits scale and uncertainties (`distill.fit_student`), the others
-judge. Wrong: depth ratio of 1.25 or more, angle of 11.25 degrees or more. The confidence is
-1 - exp(-ln 1.25 / b) for a Laplace scale b of log depth, 1 - exp(-11.25 / u) for a mean angle u.
+judge. Wrong: depth ratio of 1.25 or more, angle of 11.25 degrees or more. The confidence is that of
+the fit's table, and before it that of the losses' law: 1 - exp(-ln 1.25 / b) for a Laplace scale b
+of log depth, 1 - exp(-11.25 / u) for a mean angle u.
 Calibration error: 15 equal bins, pooled over pixels; edges: a depth step of 10 % to a neighbour;
 far: beyond 10 m; flat: the rest.
 """
@@ -18,6 +19,7 @@ import torch
 
 from distill.fit_student import fit_student
 from distill.samples import Frame, compact, make_sample
+from export.onnx_graph import card_of
 from student.checkpoint import load_student
 from teacher.metrics import angles_deg, calibration_error
 from teacher.metrics_confidence import auroc
@@ -38,6 +40,7 @@ def strata(depth: np.ndarray, focal_ratio: float) -> dict[str, np.ndarray]:
 def judge(path: str, labels: LabelSet, keys: list[str]) -> None:
     """Print the numbers of one checkpoint."""
     model = load_student(path)
+    card = card_of(model)
     frame = Frame(
         height=model.config["height"], width=model.config["width"],
         canonical_focal_px=model.canonical_focal_px, tasks=("depth", "normals"),
@@ -53,10 +56,14 @@ def judge(path: str, labels: LabelSet, keys: list[str]) -> None:
         b, u = said["depth_uncertainty"][0], said["normals_uncertainty"][0]
         for name, mask in regions.items():
             at = mask & np.isfinite(truth)
-            sure = 1 - np.exp(-np.log(1.25) / b[at])
+            sure = card.confidence("depth", b[at])
+            if sure is None:
+                sure = 1 - np.exp(-np.log(1.25) / b[at])
             found.setdefault(f"depth {name}", []).append((b[at], sure, error[at] >= np.log(1.25)))
             at = mask & ~np.isnan(angle)
-            sure = 1 - np.exp(-11.25 / u[at])
+            sure = card.confidence("normals", u[at])
+            if sure is None:
+                sure = 1 - np.exp(-11.25 / u[at])
             found.setdefault(f"normals {name}", []).append((u[at], sure, angle[at] >= 11.25))
     for name, parts in found.items():
         size, sure, wrong = (np.concatenate(p) for p in zip(*parts, strict=True))
