@@ -22,7 +22,7 @@ GREY = (124, 116, 104)  # as export.letterbox pads
 CUTMIX_SHARE = 0.2  # of strongly augmented samples that show a piece of another
 WHOLE_SHARE = 0.5  # of samples that are not cropped (docs/results.md, training)
 MAX_ZOOM = 1.6  # largest enlargement beyond filling the frame
-MODES = ("strong", "geometry", "mirror", "none")
+MODES = ("strong", "geometry", "none")
 
 
 def sample_rng(*parts: object) -> np.random.Generator:

@@ -106,8 +106,7 @@ def make_sample(
         record: the decoded label.
         frame: what the student needs.
         rng: randomness of this visit; None for validation (whole picture, letterboxed).
-        mode: ``strong`` geometry and light, ``geometry`` only, ``mirror``: the whole picture or its
-            mirror image, ``none``.
+        mode: ``strong`` geometry and light, ``geometry`` only, ``none``.
 
     Returns:
         ``image`` float32 [3,H,W] in [0, 1]; ``depth`` [1,H,W] canonical metres (NaN, +inf sky);
@@ -119,8 +118,7 @@ def make_sample(
     """
     source, target = record.image.shape[:2], (frame.height, frame.width)
     plain = rng is None or mode == "none"
-    whole = plain or mode == "mirror"
-    window = letterbox(source, target) if whole else random_window(rng, source, target)  # type: ignore[arg-type]
+    window = letterbox(source, target) if plain else random_window(rng, source, target)  # type: ignore[arg-type]
     mirror = not plain and rng.uniform() < 0.5  # type: ignore[union-attr]
     clean = image = window.image(record.image)
     if not plain and mode == "strong":

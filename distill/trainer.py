@@ -38,8 +38,7 @@ class TrainerConfig:
         devices: processes on this machine that share every batch, one GPU each; under ``torchrun``
             its processes are taken.
         seed: of initial weights, order and augmentation.
-        augment: ``strong``, ``geometry``, ``mirror`` (for a student that will see one camera only:
-            whole pictures, no crops) or ``none``.
+        augment: ``strong``, ``geometry`` or ``none``.
         val_share: share of the keys held out for validation.
         val_every: steps between validations.
         patience: validations without a lower loss that end the lesson early, with the best student

@@ -337,22 +337,6 @@ def test_a_crop_twice_as_large_and_its_mirror_by_hand(monkeypatch, mirror):
     np.testing.assert_allclose(sample["image"][0] * 255, np.tile(row, (4, 1)), atol=1)
 
 
-def test_mirror_shows_the_whole_picture_or_its_mirror_image():
-    record = compact(small_label(), FRAME)
-    plain = make_sample(record, FRAME, rng=None, mode="none")
-    turned = 0
-    for seed in range(24):
-        sample = make_sample(record, FRAME, rng=np.random.default_rng(seed), mode="mirror")
-        mirrored = bool(sample["normals"][0, 0, 0] < 0)
-        turned += mirrored
-        step = -1 if mirrored else 1
-        for name in ("image", "depth", "semantic", "instances", "depth_uncertainty"):
-            assert np.array_equal(sample[name], plain[name][..., ::step]), name
-        np.testing.assert_allclose(sample["normals"][0], step * plain["normals"][0])
-        assert sample["focal_px"] == plain["focal_px"] == 6
-    assert 6 < turned < 18
-
-
 def test_light_and_sensor_leave_labels_and_camera_alone():
     record = compact(small_label(48, 64), FRAME)
     for seed in range(12):

@@ -183,7 +183,7 @@ def test_the_cache_is_bounded_and_changes_nothing(scenes, monkeypatch):
 def test_bad_uses_are_explained(scenes):
     with pytest.raises(UsageError, match=r"expected 1 number\(s\) >= 0"):
         DataModule([scenes], frame=FRAME, weights=[1, 2])
-    with pytest.raises(UsageError, match="expected one of strong, geometry, mirror, none"):
+    with pytest.raises(UsageError, match="expected one of strong, geometry, none"):
         DataModule([scenes], frame=FRAME, augment="wild")
     with pytest.raises(UsageError, match=r"0 labelled image.* none left for training"):
         DataModule([InMemory([])], frame=FRAME)
