@@ -5,7 +5,8 @@
 
     ... once=once-a,once-b,... answers
     ... truth=truth/a,truth/b,... truth
-    ... two=two-a,... six=six-a budget
+    ... once=once-a,... two=two-a,... budget=608 budget
+    ... timm=backbone.safetensors timm
 
     python tests/benchmarks/student_heads.py versus students=a/student.safetensors,b/... \\
         held=truth/held-out answers=teacher/held-out [out=FILE]
@@ -16,9 +17,9 @@ images=truth/held-out`), per image, by a paired bootstrap.
 Every variant differs from the first, `log` (the shipped recipe on ``train``), in one thing; all
 take as many steps of as many images, and each is scored on every held-out set by `teacher.score`.
 Further label sets of the same images: `answers`, one answer per image instead of a consensus;
-`truth`; `budget`, a third and a sixth of the images with two and six answers each, which cost the
-teacher as much as one of each. The last lines compare each variant with the first by a paired
-bootstrap over images. Runs resume; finished ones are scored again only.
+`truth`; `budget`, so many answers of the teacher in all: as many images with one each, half of them
+with two, a sixth of them with six (``train``). The last lines compare each variant with the first
+by a paired bootstrap over images. Runs resume; finished ones are scored again only.
 """
 
 import json
@@ -34,6 +35,7 @@ from distill import losses, module
 from distill.train import train
 from student.checkpoint import load_student
 from student.model import Student
+from teacher.jobs.selection import write_selection
 from teacher.label import Label
 from teacher.score import score
 from teacher.store import LabelSet
@@ -62,7 +64,11 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "rate": [(f"rate {lr}", {"trainer": {"lr": lr}}) for lr in (0.001, 0.006)],
     "answers": [("once", {"data": "once"})],
     "truth": [("truth", {"data": "truth"})],
-    "budget": [(n, {"data": n}) for n in ("two", "six")],
+    "budget": [
+        (f"budget {n}", {"data": n, "answers": a})
+        for n, a in (("once", 1), ("two", 2), ("train", 6))
+    ],
+    "timm": [("timm features", {"features": {"name": STUDENT["backbone"]}})],
     "weights": [("no weights", {"uncertainty": False})],
     "augment": [(n, {"trainer": {"augment": n}}) for n in ("strong", "none")],
     "tasks": [(f"{n} alone", {"student": {"tasks": [n]}}) for n in ("depth", "normals")],
@@ -140,17 +146,38 @@ def unweighted(answer: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.T
     return losses.all_losses(answer, blind)
 
 
+def first_images(paths: list[str], count: int, out: Path) -> list[str]:
+    """Selection files that leave the first ``count`` images of these label sets."""
+    files = []
+    for n, labels in enumerate(map(LabelSet, paths)):
+        keep = labels.keys[:count]
+        count -= len(keep)
+        files.append(str(out.parent / f"{out.name}-{n}.json"))
+        write_selection(Path(files[-1]), labels=labels, keep=keep, dropped={}, criteria={})
+    return files
+
+
 def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
     """Train one variant; the path of its student."""
     module.all_losses = losses.all_losses if differs.get("uncertainty", True) else unweighted
+    data = options[differs.get("data", "train")].split(",")
+    selection = None
+    if "answers" in differs:
+        images = int(options["budget"]) // differs["answers"]
+        data = data[: -(-images // len(LabelSet(data[0]).keys))]
+        selection = first_images(data, images, out)
+    features = differs.get("features")
+    if features and features["name"] != "mini":
+        features = features | {"weights": options["timm"]}
     run = train(
-        data=options[differs.get("data", "train")].split(","),
+        data=data,
         out=str(out),
+        selection=selection,
         student=STUDENT | differs.get("student", {}),
         trainer=TRAINER
         | {"steps": int(options["steps"]), "batch_size": int(options.get("batch", "16"))}
         | differs.get("trainer", {}),
-        features=differs.get("features"),
+        features=features,
     )
     return str(run["student"])
 
