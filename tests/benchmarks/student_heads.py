@@ -7,6 +7,7 @@
     ... truth=truth/a,truth/b,... truth
     ... once=once-a,... two=two-a,... budget=608 budget
     ... timm=backbone.safetensors timm
+    ... init=student.safetensors heads
 
     python tests/benchmarks/student_heads.py versus students=a/student.safetensors,b/... \\
         held=truth/held-out answers=teacher/held-out [out=FILE]
@@ -19,7 +20,8 @@ take as many steps of as many images, and each is scored on every held-out set b
 Further label sets of the same images: `answers`, one answer per image instead of a consensus;
 `truth`; `budget`, so many answers of the teacher in all: as many images with one each, half of them
 with two, a sixth of them with six (``train``). The last lines compare each variant with the first
-by a paired bootstrap over images. Runs resume; finished ones are scored again only.
+by a paired bootstrap over images. Runs resume; finished ones are scored again only. ``init=`` is a
+student that all begin with, less its depth head: what a part is worth once the eyes are trained.
 """
 
 import json
@@ -33,7 +35,7 @@ import torch
 
 from distill import losses, module
 from distill.train import train
-from student.checkpoint import load_student
+from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.jobs.selection import write_selection
 from teacher.label import Label
@@ -157,6 +159,16 @@ def first_images(paths: list[str], count: int, out: Path) -> list[str]:
     return files
 
 
+def without_depth(path: str, out: Path) -> str:
+    """A copy of a student that has no depth head."""
+    whole = load_student(path)
+    model = Student(**{**whole.config, "tasks": [t for t in whole.tasks if t != "depth"]})
+    model.load_state_dict({k: v for k, v in whole.state_dict().items() if k in model.state_dict()})
+    target = out.parent / "without-depth.safetensors"
+    save_student(model, target, whole.provenance)
+    return str(target)
+
+
 def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
     """Train one variant; the path of its student."""
     module.all_losses = losses.all_losses if differs.get("uncertainty", True) else unweighted
@@ -178,6 +190,7 @@ def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
         | {"steps": int(options["steps"]), "batch_size": int(options.get("batch", "16"))}
         | differs.get("trainer", {}),
         features=features,
+        init=without_depth(options["init"], out) if "init" in options else None,
     )
     return str(run["student"])
 
