@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from timm.optim import Muon
 from torch import Tensor, nn
 
 from distill.capture import save_capture
@@ -168,9 +169,13 @@ class Lesson(L.LightningModule):
         return [*self.student.parameters(), *extra]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, with the state of an interrupted lesson if there is one."""
+        """As configured, with the state of an interrupted lesson if there is one."""
         groups = parameter_groups(self.student, self.config, self.features)
-        optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
+        optimizer: torch.optim.Optimizer
+        if self.config.optimizer == "muon":
+            optimizer = Muon(groups, lr=self.config.lr, nesterov=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
             for parameter, entries in optimizer.state.items():

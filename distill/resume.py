@@ -71,7 +71,9 @@ def save_state(lesson: Lesson, optimizer: torch.optim.Optimizer, path: Path) -> 
     tensors |= {f"student.{k}": v for k, v in lesson.student.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in lesson.average.student.state_dict().items()}
     for index, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
+        for name, value in entries.items():  # all else follows from the parameters' shapes
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
     if lesson.features is not None:
         tensors |= {f"features.{k}": v for k, v in lesson.features.state_dict().items()}
     facts = {name: getattr(lesson, attribute) for name, attribute in FACTS.items()}

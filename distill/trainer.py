@@ -14,6 +14,7 @@ from teacher.errors import UsageError
 
 # Name -> what the student computes in under autocast; the losses are always float32.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,10 @@ class TrainerConfig:
             then follows whichever is further, so such a lesson cannot be repeated bit by bit.
         batch_size: images per step, over all devices.
         accumulate: passes per step, each with its share of the batch; saves memory.
-        lr: peak learning rate of AdamW (Loshchilov & Hutter 2019).
+        optimizer: ``adamw`` (Loshchilov & Hutter 2019), or ``muon`` (Jordan et al. 2024), whose
+            steps of matrices and dense kernels are orthogonalised; `timm`'s, scaled to AdamW's
+            rates, with NAdamW for all else.
+        lr: its peak learning rate.
         backbone_lr_factor: times ``lr`` for the backbone; below 1 when it starts pretrained.
         layer_decay: and times this for every layer of the backbone further from its end.
         weight_decay: on matrices and kernels, not on biases and norms.
@@ -52,6 +56,7 @@ class TrainerConfig:
     minutes: float | None = None
     batch_size: int = 16
     accumulate: int = 1
+    optimizer: str = "adamw"
     lr: float = 1e-3
     backbone_lr_factor: float = 1.0
     layer_decay: float = 1.0
@@ -106,6 +111,9 @@ class TrainerConfig:
         if self.precision != "auto" and self.precision not in PRECISIONS:
             known = ", ".join(("auto", *PRECISIONS))
             raise UsageError(f"trainer.precision={self.precision!r}: expected one of {known}")
+        if self.optimizer not in OPTIMIZERS:
+            known = ", ".join(OPTIMIZERS)
+            raise UsageError(f"trainer.optimizer={self.optimizer!r}: expected one of {known}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"trainer.device={self.device!r}: expected auto, cpu or cuda")
         if self.augment not in MODES:

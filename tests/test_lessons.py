@@ -258,6 +258,34 @@ def test_the_feature_losses_gradient_is_exact():
     assert loss.item() == 0 and (torch.autograd.grad(loss, near)[0] == 0).all()
 
 
+def test_a_lesson_with_muon_resumes_exactly(labels, tmp_path, monkeypatch):
+    """Matrices and dense kernels by orthogonalised momentum, norms and depthwise kernels not."""
+    arguments = {"data": labels, "student": STUDENT, "trainer": {**SHORT, "optimizer": "muon"}}
+    train(**arguments, out=str(tmp_path / "run"))
+    rows = read_rows(tmp_path / "run" / "metrics.csv")
+    note, seen = Journal.step, {}
+
+    def crash(journal, lesson):
+        note(journal, lesson)
+        state = lesson.optimizers().optimizer.state
+        seen.update({n: set(state[p]) for n, p in lesson.student.named_parameters()})
+        if lesson.step_number == 3:
+            raise MemoryError("as if killed")
+
+    monkeypatch.setattr(Journal, "step", crash)
+    with pytest.raises(MemoryError):
+        train(**arguments, out=str(tmp_path / "again"))
+    monkeypatch.undo()
+    train(**arguments, out=str(tmp_path / "again"))
+    for a, b in zip(rows, read_rows(tmp_path / "again" / "metrics.csv"), strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+    student = load_student(tmp_path / "run" / "student.safetensors")
+    orthogonal = {n for n, entries in seen.items() if "momentum_buffer" in entries}
+    dense = {n for n, p in student.named_parameters() if p.ndim > 1 and 1 not in p.shape[:2]}
+    assert orthogonal and orthogonal <= dense
+    assert {n for n, p in student.named_parameters() if p.ndim < 2}.isdisjoint(orthogonal)
+
+
 def test_a_frozen_backbone_teaches_and_leaves_nothing_behind(labels, tmp_path, monkeypatch):
     weights = tmp_path / "vit.safetensors"
     torch.manual_seed(3)

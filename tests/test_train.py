@@ -334,6 +334,7 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
         ({"student": {**STUDENT, "decodr": 3}}, "student: no key decodr; the keys are backbone"),
         ({"student": {"backbone": "test_resnet"}}, "student: height and width must be given"),
         ({"trainer": {**TRAINER, "augment": "wild"}}, "one of strong, geometry, none"),
+        ({"trainer": {**TRAINER, "optimizer": "sgd"}}, "optimizer='sgd': expected one of adamw, m"),
         ({"trainer": {**TRAINER, "weight_decay": -0.1}}, "weight_decay=-0.1: expected at least 0"),
         ({"weights": [1, 2]}, "weights=[1, 2]: expected 1 number(s) >= 0"),
         ({"data": []}, "expected at least one label set"),
