@@ -23,7 +23,7 @@ from teacher.wordings import SLOTS
 
 HUBER = 0.1  # RGB distance (of [-1, 1]) below which the robust loss is quadratic
 MSE_SHARE, TASK_SHARE, POINT_SHARE, SIGHT_SHARE = 0.25, 0.05, 0.1, 0.3
-READ_PER_BATCH = 48  # requests that are only read, not answered; half of them are foreign
+READ_PER_BATCH = 96  # requests that are only read, not answered; half of them are foreign
 WORD_DROPOUT = 0.15
 
 
