@@ -51,7 +51,8 @@ STUDENT = {
     "tasks": ["depth", "normals"],
 }
 TRAINER = {
-    "lr": 0.003,
+    "optimizer": "muon",
+    "lr": 0.012,
     "precision": "bf16",
     "augment": "geometry",
     "device": "cpu",
@@ -63,7 +64,11 @@ TRAINER = {
 FIRST: tuple[str, dict[str, Any]] = ("log", {})
 VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "heads": [(n, {"student": {"depth_head": n}}) for n in ("bins", "mixture")],
-    "rate": [(f"rate {lr}", {"trainer": {"lr": lr}}) for lr in (0.001, 0.006)],
+    "rate": [(f"rate {lr}", {"trainer": {"lr": lr}}) for lr in (0.006, 0.024)],
+    "adamw": [
+        (f"adamw {lr}", {"trainer": {"optimizer": "adamw", "lr": lr}})
+        for lr in (0.001, 0.003, 0.006)
+    ],
     "answers": [("once", {"data": "once"})],
     "truth": [("truth", {"data": "truth"})],
     "budget": [
@@ -188,6 +193,7 @@ def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
         student=STUDENT | differs.get("student", {}),
         trainer=TRAINER
         | {"steps": int(options["steps"]), "batch_size": int(options.get("batch", "16"))}
+        | {"lr": float(options.get("lr", TRAINER["lr"]))}
         | differs.get("trainer", {}),
         features=features,
         init=without_depth(options["init"], out) if "init" in options else None,
