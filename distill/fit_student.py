@@ -73,7 +73,7 @@ def fit_student(
     Returns:
         ``summary``; ``depth``, ``depth_uncertainty``, ``normals_uncertainty``: `scale_fit.Fit` as
         JSON, for what student and labels both have; ``confidence``: such a one per task, of the
-        uncertainties as they were fitted; ``images``.
+        uncertainties as they were fitted, if two images or more could judge it; ``images``.
 
     Raises:
         UsageError: no labelled image, or depth that nobody measured (`distill.samples`).
@@ -110,7 +110,7 @@ def fit_student(
     fitted = Student(**{**old.config, "calibration": kept}).eval()
     fitted.load_state_dict(old.state_dict())
     about: dict[str, Any] = {name: fit.to_json() for name, fit in found.items()}
-    about["confidence"] = {task: fit.to_json() for task, fit in sure.items()}
+    about["confidence"] = {t: fit.to_json() for t, fit in sure.items() if fit.images > 1}
     domain = {"plan_hash": truth.meta["plan_hash"], "images": len(keys)}
     licences = merged(of_student(old.provenance), of_label_set(truth.meta))
     provenance = {"calibration": {"domain": domain, **about}, "licences": licences}
@@ -123,6 +123,7 @@ def fit_student(
         f"; {task} confidence {'by table' if fit.kept else 'by its law'}, Brier "
         f"{fit.before:.3g} -> {fit.after:.3g}"
         for task, fit in sure.items()
+        if fit.images > 1
     )
     return {"summary": f"{out}: {shown}", "images": len(keys), **about}
 
@@ -152,7 +153,7 @@ def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list
                     "(anchor=range); a scale is fitted to measured depth only"
                 )
             t = sample["depth"][0]
-            at = _spread(np.isfinite(t))
+            at = _spread(np.isfinite(t) & (said["sky"][0] <= 0))  # a sky has no depth
             pairs.setdefault("depth", []).append((said["depth"][0][at], t[at]))
             u = said.get("depth_uncertainty", said["depth"])[0]
             pairs.setdefault("depth_u", []).append(u[at])

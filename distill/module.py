@@ -238,9 +238,11 @@ class Lesson(L.LightningModule):
             dtype = PRECISIONS[self.precision_name]
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 answer = self.student(image)
-                aim = self.features.aim(piece["clean"]) if self.features is not None else None
             losses = all_losses(answer, piece)
-            if self.features is not None:
+            if self.features is not None:  # not in float16: what overflows there no scale mends
+                half = dtype == torch.bfloat16
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+                    aim = self.features.aim(piece["clean"])
                 losses["features"] = self.features(aim)
                 losses["total"] = losses["total"] + self.features.weight * losses["features"]
             self.manual_backward(losses["total"] * (self.loss_scale / passes))

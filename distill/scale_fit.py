@@ -206,7 +206,9 @@ def fit_confidence(keys: Sequence[str], pairs: Sequence[Pair], *, right_below: f
     """
 
     def table(uncertainty: np.ndarray, error: np.ndarray) -> Table:
-        x, p = rising(-np.asarray(uncertainty, np.float64), (error < right_below).astype(float))
+        u, at = np.unique(np.asarray(uncertainty, np.float64), return_inverse=True)
+        share = np.bincount(at, error < right_below) / np.bincount(at)  # equal ones lie together
+        x, p = rising(-u[at], share[at])
         return -x[::-1], p[::-1]
 
     def brier(pair: Pair, values: Table) -> float:

@@ -249,8 +249,8 @@ def _need_metres(sets: Sequence[LabelSet], weights: Sequence[float]) -> None:
 
 
 def _precision(config: TrainerConfig, device: str) -> str:
-    """One of `PRECISIONS`. bf16 on the CPU is only taken when asked for: with the default student
-    it was slower than fp32 (docs/results.md, training)."""
+    """One of `PRECISIONS`. bf16 on a CPU is only taken when asked for: it needs a processor with
+    such instructions (docs/results.md, training)."""
     if config.precision == "auto":
         good = device == "cuda" and torch.cuda.is_bf16_supported()
         return "bf16" if good else "fp32"

@@ -150,7 +150,10 @@ class DepthwiseInFloat32(nn.Conv2d):
 
     @staticmethod
     def within(network: nn.Module) -> None:
-        """Make every plain depthwise convolution of ``network`` one of these."""
+        """Make every depthwise `nn.Conv2d` of ``network`` one of these.
+
+        Those of derived classes (`timm`'s `Conv2dSame`) stay what they are.
+        """
         for layer in network.modules():
             if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1:
                 layer.__class__ = DepthwiseInFloat32

@@ -97,7 +97,8 @@ class Card:
         """Probability that a pixel is right (depth ratio < 1.25, angle < 11.25 degrees), float32.
 
         From ``uncertainty``, the output ``<task>_uncertainty`` of any shape, by the table that
-        `distill calibrate checkpoint=` has put beside the student; None if it never did.
+        `distill calibrate checkpoint=` has put beside the student: of what it found, or of the
+        losses' own law where that was as good. None if it never did.
         """
         tables = self.provenance.get("calibration", {}).get("confidence", {})
         if task not in tables:
@@ -140,7 +141,7 @@ def card_from_metadata(metadata: Mapping[str, str], *, where: str) -> Card:
         found["classes"] = {int(k): str(v) for k, v in found["classes"].items()}
         card = Card(**found)
         _check(card)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{where}: its metadata is damaged: {error}.") from error
     if version > VERSION:
         raise ArtefactError(
@@ -167,8 +168,9 @@ def _check(card: Card) -> None:
             raise ValueError(f"{name} is {length!r}, expected a positive number of pixels")
     for task, fit in card.provenance.get("calibration", {}).get("confidence", {}).items():
         u, p = np.asarray(fit["values"], np.float64)  # a table of two rows
-        if not (len(u) and (np.diff(u) >= 0).all() and (np.abs(p - 0.5) <= 0.5).all()):
-            raise ValueError(f"confidence of {task}: no table of rising uncertainties")
+        falling = (np.diff(u) >= 0).all() and (np.diff(p) <= 0).all() and np.isfinite(u).all()
+        if not (len(u) and falling and (np.abs(p - 0.5) <= 0.5).all()):
+            raise ValueError(f"confidence of {task}: expected probabilities that fall with it")
     if not (isinstance(card.precision, str) and isinstance(card.focal_input, bool)):
         raise ValueError(f"precision {card.precision!r}, focal_input {card.focal_input!r}")
 

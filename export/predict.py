@@ -7,8 +7,8 @@ length follows, so metres stay metres. Written per image, beside each other:
     NAME.normals.npy      float32 [h, w, 3] unit vectors      NAME.normals.png   picture
     NAME.semantic.png     8- or 16-bit class ids              NAME.semantic.view.png   picture
     NAME.<task>_uncertainty.npy   float32 [h, w], unit as in `teacher.label`
-    NAME.<task>_confidence.npy    float32 [h, w], probability of being right, of a student that
-                                  `distill calibrate checkpoint=` has seen
+    NAME.<task>_confidence.npy    float32 [h, w], probability of being right (depth: NaN in the
+                                  sky), of a student that `distill calibrate checkpoint=` has seen
 
 and ``predictions.json`` with one row per input: every input is answered, or rejected with a reason.
 """
@@ -80,6 +80,7 @@ def predict(
     rows: list[dict[str, Any]] = []
     with open_runtime(model, provider=provider, threads=threads) as runtime:
         folder = _open_folder(Path(out))  # not before the model runs: a refusal leaves nothing
+        before = _files_of(folder)
         about = {
             "format": FORMAT,
             "version": 1,
@@ -87,7 +88,7 @@ def predict(
             "outputs": [o for o in runtime.card.outputs if o != "semantic_logits"],
             "classes": {str(k): v for k, v in runtime.card.classes.items()},
         }
-        _write_index(folder, about | {"complete": False, "rows": []})
+        _write_index(folder, about | {"complete": False, "rows": [], "earlier": sorted(before)})
         names = [uri for uri in source.list() if not _is_own(images, uri, folder)]
         with tqdm(total=len(names), desc="predict", unit="img") as bar:
             for group in _groups(source, names, runtime, rows, batch=batch, focal_px=focal_px):
@@ -103,6 +104,8 @@ def predict(
         summary += f"{rejected[0]['reason']})"
     result = about | {"complete": True, "summary": summary, "rows": rows}
     _write_index(folder, result)
+    for name in before - _files_of(folder):  # answers of an earlier predict that has another model
+        (folder / name).unlink(missing_ok=True)
     if not done:
         raise UsageError(f"images={images}: {summary}; no image could be read.")
     return {
@@ -124,6 +127,17 @@ def _open_folder(folder: Path) -> Path:
             "earlier predict's. Choose another out=."
         )
     return folder
+
+
+def _files_of(folder: Path) -> set[str]:
+    """What the index in ``folder`` says was written there; nothing without one."""
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+        names = {name for row in index["rows"] for name in row.get("files", {}).values()}
+        names |= set(index.get("earlier", []))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return set()
+    return {n for n in names if (folder / n).resolve().is_relative_to(folder.resolve())}
 
 
 def _is_own(images: str, uri: str, folder: Path) -> bool:
@@ -182,7 +196,10 @@ def _answer(group: list[Item], runtime: Runtime, folder: Path) -> list[dict[str,
         for task in runtime.card.tasks:
             if f"{task}_uncertainty" in own:
                 sure = runtime.card.confidence(task, own[f"{task}_uncertainty"])
-                own |= {} if sure is None else {f"{task}_confidence": sure}
+                if sure is not None:
+                    if task == "depth":
+                        sure[np.isposinf(own["depth"])] = np.nan  # a sky has no depth to be right
+                    own[f"{task}_confidence"] = sure
         rows.append(_write(item, own, folder))
     return rows
 

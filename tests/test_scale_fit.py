@@ -143,6 +143,17 @@ def test_the_confidence_of_errors_with_a_long_tail_is_what_was_found():
     np.testing.assert_allclose(p, 1 - x / 45, atol=0.02)
 
 
+def test_equal_uncertainties_have_one_confidence():
+    """Half of all pixels have the largest one; a fifth of them is right in four images, two fifths
+    in four others."""
+    u = np.full(400, 9.0)
+    u[:200] = np.linspace(1, 5, 200)
+    place = np.arange(400) % 10
+    errors = [np.where((u < 9) | (place < 10 * s), 0.0, 20.0) for s in 4 * [0.2] + 4 * [0.4]]
+    found = fit_confidence(KEYS[:8], [(u, e) for e in errors], right_below=11.25)
+    assert found.kept and np.interp(9.0, *found.values) == pytest.approx(0.3, abs=0.02)
+
+
 def test_the_confidence_of_exponential_errors_stays_that_of_the_law():
     rng = np.random.default_rng(1)
     u = rng.uniform(2, 30, (12, 40))
@@ -179,17 +190,28 @@ def test_a_fitted_students_answers_say_how_likely_they_are_right(tmp_path):
         files = sorted((tmp_path / "said").rglob(f"*{task}_confidence.npy"))
         assert len(files) == 8
         sure = np.load(files[0])
+        if task == "depth":
+            sky = np.isposinf(np.load(str(files[0]).replace("depth_confidence", "depth")))
+            assert (np.isnan(sure) == sky).all()
+            sure = np.where(sky, 0.5, sure)
         u = np.load(str(files[0]).replace("_confidence", "_uncertainty"))
         assert sure.dtype == np.float32 and sure.shape == (32, 48)
         want = np.interp(u, *found["confidence"][task]["values"])
+        want = np.where(sky, 0.5, want) if task == "depth" else want
         np.testing.assert_allclose(sure, want, atol=1e-6)
-        np.testing.assert_array_equal(card.confidence(task, u), sure)
+        np.testing.assert_allclose(card.confidence(task, u)[sure != 0.5], sure[sure != 0.5])
     assert card.confidence("semantic", u) is None
     turned = {"confidence": {"depth": {"values": [[2, 1], [0, 1]]}}}
     damaged = {**fitted.provenance, "calibration": turned}
     metadata = card_to_metadata(dataclasses.replace(card, provenance=damaged))
-    with pytest.raises(ArtefactError, match="confidence of depth: no table"):
+    with pytest.raises(ArtefactError, match="confidence of depth: expected probabilities"):
         card_from_metadata(metadata, where="here")
+    metadata = card_to_metadata(dataclasses.replace(card, provenance={"calibration": [1]}))
+    with pytest.raises(ArtefactError, match="metadata is damaged"):
+        card_from_metadata(metadata, where="here")
+    predict(**plain, out=str(tmp_path / "said"))  # an unfitted student's: nothing old stays
+    assert not list((tmp_path / "said").rglob("*_confidence.npy"))
+    assert len(list((tmp_path / "said").rglob("*.depth.npy"))) == 8
 
 
 def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):

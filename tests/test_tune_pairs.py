@@ -1,10 +1,13 @@
 """Pairs for tuning: answers decode to the truth, prompts name what is painted, draws repeat."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from mini_rooms import room, write_rooms
 
+from distill.tune.adapter import reading_lesson
 from distill.tune.look import Look
 from distill.tune.pairs import Pairs, colour_table, instance_colours, swap_sides
 from distill.tune.readings import framed
@@ -15,6 +18,7 @@ from distill.tune.scenes_cache import (
     depth_of_codes_m,
     load_scenes,
 )
+from teacher import wordings
 from teacher.codecs.depth import DepthCodec
 from teacher.errors import UsageError
 from teacher.generators.mini_generator import to_pictures
@@ -253,3 +257,28 @@ def test_framed_images_are_asked_for_depth_and_answered_with_either_reading(room
     assert (batch.noise[is_flat, 0].mean((1, 2)) <= 0).all()
     plain = Pairs(rooms, weights={"normals": 1}, batch=8, two_readings_share=1.0).draw(0)
     assert (plain.kinds == KINDS.index("normals")).all()
+
+
+def test_the_reading_lesson_tells_every_request_from_the_others():
+    """Half foreign, half known; a wording that lost no word is one of its kind's."""
+
+    def written_by(wording: str, text: str) -> bool:
+        """Whether ``text`` is the wording with something in its slots, an opener before it."""
+        parts = [re.escape(part.lower()) for part in re.split(r"\{\w+\}", wording)]
+        return re.fullmatch(".*" + ".+?".join(parts), text.lower(), re.DOTALL) is not None
+
+    texts, kinds = reading_lesson(np.random.default_rng(0), 400)
+    assert (texts, kinds) == reading_lesson(np.random.default_rng(0), 400)
+    names = [KINDS[k] for k in kinds]
+    assert names.count("other") == 200 and "generate" not in names
+    assert all(names.count(kind) > 25 for kind in KINDS[:4])
+    whole = [(t, k) for n, (t, k) in enumerate(zip(texts, names, strict=True)) if n % 4 >= 2]
+    assert len(whole) == 200
+    for text, kind in whole:
+        known = [*wordings.TEMPLATES[kind], *wordings.SENTENCES[kind]]
+        assert any(written_by(w.replace("{map}", ""), text) for w in known if "{map}" in w) or any(
+            written_by(w, text) for w in known
+        ), (kind, text)
+    lost = [t for n, t in enumerate(texts) if n % 4 < 2]
+    mean = [sum(len(t.split()) for t in part) / 200 for part in (lost, [t for t, _ in whole])]
+    assert mean[0] < 0.95 * mean[1]

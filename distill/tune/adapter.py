@@ -30,9 +30,9 @@ WORD_DROPOUT = 0.15
 def reading_lesson(rng: np.random.Generator, count: int) -> tuple[list[str], list[int]]:
     """``count`` random requests and what they ask (indices of `KINDS`), for the text encoder alone.
 
-    Reading is cheap beside drawing, so it is practised on many more sentences than are drawn. Half
-    of them lose words at random (Iyyer et al., ACL 2015: word dropout), so that no single word
-    decides. Classes and colours come from anywhere: what is read must not depend on them.
+    Reading is cheap beside drawing, so it is practised on many more sentences than are drawn: every
+    second one is foreign, every second pair loses words at random (Iyyer et al., ACL 2015), so that
+    no single word decides. Class names are everyday things, scene classes or not.
     """
     texts, kinds = [], []
     things = [*SLOTS["thing"], *SLOTS["thing_too"]]
