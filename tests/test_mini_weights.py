@@ -14,7 +14,7 @@ from teacher.confidence import Calibration
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.generators.mini import MiniTeacher
-from teacher.generators.mini_generator import MiniGenerator, noise_for
+from teacher.generators.mini_generator import REFUSE_BELOW, MiniGenerator, noise_for
 from teacher.label import Task
 from teacher.scenes import make_scenes
 from teacher.store import LabelSet
@@ -32,41 +32,39 @@ def fill(template: str) -> str:
     )
 
 
-def known(fault: str, *values):
-    """A case that the shipped weights are known to fail (docs/results.md, measured 2026-11-28).
-
-    Strict: weights that mend it make this test fail, so that the mark goes.
-    """
-    return pytest.param(*values, marks=pytest.mark.xfail(reason=fault, strict=True))
-
-
-MISREAD = (
-    "Distance of every surface to the lens, please, as an RGB picture.",
-    "Paint the directions that walls and objects face.",
-    "Paint the classes listed here, each in its colour. {palette}",
-    "{palette} Recolour the photo accordingly, by class.",
-    "Tell the {name}s apart by colour; {background} for the remaining pixels.",
-)
+KNOWN = [
+    (kind, n, text)
+    for part in wordings.HELD_OUT[:2]
+    for kind, texts in part.items()
+    for n, text in enumerate(texts)
+]
+"""Held-out lists whose failures shaped the sentences that were trained on: none may fail."""
 
 
 @pytest.mark.parametrize(
-    ("kind", "template"),
-    [
-        known("misread", kind, text) if text in MISREAD else (kind, text)
-        for held_out in wordings.HELD_OUT
-        for kind, texts in held_out.items()
-        for text in texts
-        if kind != "other"
-    ],
+    ("kind", "text"), [pytest.param(k, t, id=f"{k}-{n}") for k, n, t in KNOWN if k != "other"]
 )
-def test_wordings_never_seen_in_training_are_understood(generator, kind, template):
-    assert generator.kind_of(fill(template))[0] == kind
+def test_wordings_never_seen_in_training_are_understood(generator, kind, text):
+    assert generator.kind_of(fill(text))[0] == kind
 
 
-@pytest.mark.parametrize("text", [t for part in wordings.HELD_OUT for t in part["other"]])
+@pytest.mark.parametrize("text", [pytest.param(t, id=str(n)) for k, n, t in KNOWN if k == "other"])
 def test_requests_it_was_not_tuned_for_are_refused(generator, text):
     with pytest.raises(UsageError, match=r"reads as .*it was tuned for depth, normals"):
         generator(None, text)
+
+
+def test_most_of_the_blind_wordings_are_understood_and_most_foreign_ones_refused(generator):
+    """Lists by writers who had seen no other (docs/results.md has the numbers)."""
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    for part in wordings.HELD_OUT[2:]:
+        for kind, texts in part.items():
+            for text in texts:
+                read, share = generator.kind_of(fill(text))
+                read = read if share >= REFUSE_BELOW else "other"
+                right[kind == "other"].append(read == kind)
+    assert np.mean(right[False]) >= 0.9
+    assert np.mean(right[True]) >= 0.8
 
 
 def test_the_answer_follows_the_palette(generator):
