@@ -14,7 +14,7 @@ from teacher.confidence import Calibration
 from teacher.errors import UsageError
 from teacher.generators import Query
 from teacher.generators.mini import MiniTeacher
-from teacher.generators.mini_generator import REFUSE_BELOW, MiniGenerator, noise_for
+from teacher.generators.mini_generator import MiniGenerator, noise_for
 from teacher.label import Task
 from teacher.scenes import make_scenes
 from teacher.store import LabelSet
@@ -60,11 +60,25 @@ def test_most_of_the_blind_wordings_are_understood_and_most_foreign_ones_refused
     for part in wordings.HELD_OUT[2:]:
         for kind, texts in part.items():
             for text in texts:
-                read, share = generator.kind_of(fill(text))
-                read = read if share >= REFUSE_BELOW else "other"
+                try:
+                    generator.refuse_unknown(fill(text))
+                    read = generator.kind_of(fill(text))[0]
+                except UsageError:
+                    read = "other"
                 right[kind == "other"].append(read == kind)
+    print({foreign: f"{sum(r)} of {len(r)}" for foreign, r in right.items()})
     assert np.mean(right[False]) >= 0.9
     assert np.mean(right[True]) >= 0.8
+
+
+@pytest.mark.parametrize(
+    "text", ["Segment the picture by class.", "Instance masks for every chair."]
+)
+def test_a_request_for_colours_that_names_none_is_refused(generator, text):
+    with pytest.raises(
+        UsageError, match="names no colour; it answers in the colours of the prompt"
+    ):
+        generator(None, text)
 
 
 def test_the_answer_follows_the_palette(generator):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from teacher.errors import UsageError
 from teacher.generators.mini_net import Features, MiniNet, Text
-from teacher.generators.mini_text import tokenize
+from teacher.generators.mini_text import parse_colour, tokenize, words
 from teacher.prompts import KINDS
 
 FORMAT, VERSION = "mini-generator", 1
@@ -157,6 +157,12 @@ class MiniGenerator:
             raise UsageError(
                 f"mini teacher: the prompt {prompt!r} reads as {kind!r} ({share:.0%}); it was tuned"
                 f" for {known}; see teacher/prompts.py for wordings"
+            )
+        if kind in ("semantic", "instances") and not any(map(parse_colour, words(prompt))):
+            needed = {"semantic": "every class", "instances": "the background"}[kind]
+            raise UsageError(
+                f"mini teacher: the prompt {prompt!r} reads as {kind!r} but names no colour; it"
+                f" answers in the colours of the prompt: name that of {needed}"
             )
 
     def _autocast(self) -> torch.autocast:
