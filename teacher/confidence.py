@@ -164,11 +164,11 @@ class Calibration:
                 f" but {', '.join(unasked)} is not asked. Give tasks=[{','.join(self.heads)}], or"
                 f" run `distill calibrate tasks=[{','.join(str(t) for t in tasks)}]`"
             )
-        found = fingerprint(description)
+        found, made_for = fingerprint(description), fingerprint(self.teacher)
         differs = [
-            f"{k}: {found.get(k)!r} here, {self.teacher.get(k)!r} there"
-            for k in sorted({*found, *self.teacher})
-            if found.get(k) != self.teacher.get(k)
+            f"{k}: {found.get(k)!r} here, {made_for.get(k)!r} there"
+            for k in sorted({*found, *made_for})
+            if found.get(k) != made_for.get(k)
         ]
         if differs:
             raise UsageError(

@@ -1,5 +1,6 @@
 """Signs of doubt by hand; calibrated confidence against a teacher whose mistakes are planned."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -268,9 +269,13 @@ def test_the_file_comes_back_as_it_was(made):
     assert calibration.to_json() == json.loads(made[0].read_text())
 
 
-def test_another_teacher_is_refused_and_another_device_is_not(made):
+def test_another_teacher_is_refused_and_another_device_or_list_of_wordings_is_not(made):
     calibration = Calibration.load(made[0])
     calibration.fits(PlannedTeacher(device="cuda").describe(), PlannedTeacher.tasks)
+    of_before = dataclasses.replace(
+        calibration, teacher=calibration.teacher | {"prompts_version": 3}
+    )
+    of_before.fits(PlannedTeacher().describe() | {"prompts_version": 5}, PlannedTeacher.tasks)
     with pytest.raises(UsageError, match=r"another teacher \(wrong: 0.5 here, 1.0 there\)"):
         calibration.fits(PlannedTeacher(wrong=0.5).describe(), PlannedTeacher.tasks)
 
