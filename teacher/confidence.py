@@ -132,7 +132,7 @@ class Calibration:
     """What `distill calibrate` found out about one teacher on one domain.
 
     ``licences``: ledger of the truth it was fitted on (`teacher.jobs.licences`); empty in files of
-    before and in the shipped one, whose scenes are this project's.
+    before.
     """
 
     teacher: dict[str, Any]
