@@ -26,7 +26,8 @@ def demo(
     root = Path(out)
     started = time.monotonic()
     held_out = f"{root}/scenes-held-out"
-    size = ["student.height=96", "student.width=128", "trainer.val_every=200"]
+    taught = ["student.height=96", "student.width=128", "trainer.val_every=200"]
+    taught += ["trainer.optimizer=muon", "trainer.lr=0.012"]  # docs/results.md
 
     def asked(images: str) -> list[str]:
         known = [f"teacher.labels={images}"] if teacher == "truth" else []
@@ -40,7 +41,7 @@ def demo(
         ("scenes", [f"out={held_out}", f"n={held_out_scenes}", "split=heldout"]),
         ("label", [*asked(f"{root}/scenes"), f"out={labels}"]),
         ("label", [*asked(held_out), f"out={held_out_labels}"]),
-        ("train", [f"data={labels}", f"out={root}/student", f"trainer.minutes={minutes}", *size]),
+        ("train", [f"data={labels}", f"out={root}/student", f"trainer.minutes={minutes}", *taught]),
         ("export", [f"checkpoint={student}", f"out={root}/export"]),
         ("verify", [f"export={root}/export", f"labels={held_out_labels}", *exact]),
     ]
