@@ -170,6 +170,7 @@ def without_depth(path: str, out: Path) -> str:
     model = Student(**{**whole.config, "tasks": [t for t in whole.tasks if t != "depth"]})
     model.load_state_dict({k: v for k, v in whole.state_dict().items() if k in model.state_dict()})
     target = out.parent / "without-depth.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
     save_student(model, target, whole.provenance)
     return str(target)
 
