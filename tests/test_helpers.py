@@ -107,7 +107,8 @@ def test_two_workers_have_helpers_of_their_own(tmp_path, monkeypatch):
     run(photos, tmp_path / "two", teacher=teacher, workers=2, **sizes)
     over.set()
     watching.join()
-    assert len({parent for parent, _ in found}) == 2 and os.getpid() not in dict(found)
+    parents = {parent for parent, _ in found} - {1}  # of a helper whose worker has just ended
+    assert len(parents) == 2 and os.getpid() not in parents
     run(photos, tmp_path / "one", **sizes)
     same_shards(tmp_path / "one", tmp_path / "two")
 

@@ -113,7 +113,11 @@ def test_the_card_carries_the_ledger_of_data_and_start_weights(rooms, tmp_path):
                ["non-commercial"], what="x")  # fmt: skip
     clean = tune(**options(str(tmp_path / "free"), tmp_path / "c", steps=1), **barred)["weights"]
     assert MiniGenerator.from_pretrained(clean).card["license"] == "Apache-2.0"
-    assert "licences" not in MiniTeacher().describe()  # the shipped one is of our own scenes
+    shipped = of_teacher(MiniTeacher().describe())  # made of our own scenes
+    assert ("training images", "Apache-2.0 (made by this project)") in [
+        (e["role"], e["licence"]) for e in shipped
+    ]
+    assert not any(e["terms"] for e in shipped)
 
 
 def test_training_learns(rooms, tmp_path):
