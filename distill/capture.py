@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from distill.losses import all_losses
-from distill.trainer import PRECISIONS, DepthwiseInFloat32
+from distill.precision import DepthwiseInFloat32, autocast
 from student.checkpoint import write_atomic
 from student.model import Student
 from teacher.errors import UsageError
@@ -79,10 +79,8 @@ def replay(path: str | Path) -> dict[str, Any]:
     student.load_state_dict(_part(tensors, "student."))
     batch = _part(tensors, "batch.")
     torch.manual_seed(facts["seed"])
-    dtype = PRECISIONS[facts["precision"]]
-    if facts["precision"] == "bf16":
-        DepthwiseInFloat32.within(student)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+    DepthwiseInFloat32.within(student, facts["precision"], "cpu")
+    with autocast(facts["precision"], "cpu"):
         answer = student.train()(batch["image"])
     losses = all_losses({k: v.float() for k, v in answer.items()}, batch)
     losses["total"].backward()

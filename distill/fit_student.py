@@ -105,12 +105,14 @@ def fit_student(
         gain, power = fit.values
         fitted_u = [(gain * u**power, e) for u, e in errors[task]]
         right_below = {"depth": math.log(RIGHT_RATIO), "normals": RIGHT_DEG}[task]
-        sure[task] = fit_confidence(keys, fitted_u, right_below=right_below)
+        confidence = fit_confidence(keys, fitted_u, right_below=right_below)
+        if confidence.images > 1:  # else nothing judged it
+            sure[task] = confidence
     kept = {name: list(fit.values) for name, fit in found.items() if fit.kept}
     fitted = Student(**{**old.config, "calibration": kept}).eval()
     fitted.load_state_dict(old.state_dict())
     about: dict[str, Any] = {name: fit.to_json() for name, fit in found.items()}
-    about["confidence"] = {t: fit.to_json() for t, fit in sure.items() if fit.images > 1}
+    about["confidence"] = {t: fit.to_json() for t, fit in sure.items()}
     domain = {"plan_hash": truth.meta["plan_hash"], "images": len(keys)}
     licences = merged(of_student(old.provenance), of_label_set(truth.meta))
     provenance = {"calibration": {"domain": domain, **about}, "licences": licences}
@@ -123,7 +125,6 @@ def fit_student(
         f"; {task} confidence {'by table' if fit.kept else 'by its law'}, Brier "
         f"{fit.before:.3g} -> {fit.after:.3g}"
         for task, fit in sure.items()
-        if fit.images > 1
     )
     return {"summary": f"{out}: {shown}", "images": len(keys), **about}
 

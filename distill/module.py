@@ -22,7 +22,8 @@ from distill.capture import save_capture
 from distill.features import FeatureLoss
 from distill.losses import all_losses
 from distill.parallel import add_gradients, agreed, rank
-from distill.trainer import PRECISIONS, DepthwiseInFloat32, TrainerConfig
+from distill.precision import DepthwiseInFloat32, autocast
+from distill.trainer import TrainerConfig
 from student.model import Student
 
 FINAL_LR = 0.01  # share of the peak learning rate at the end of the cosine
@@ -151,7 +152,7 @@ class Lesson(L.LightningModule):
         self.features = FeatureLoss(source, self.student)
 
     def set_precision(self, name: str) -> None:
-        """One of `PRECISIONS`; float16 gets a scaled loss (Micikevicius et al. 2018)."""
+        """Any of `distill.precision`; float16 gets a scaled loss (Micikevicius et al. 2018)."""
         self.precision_name = name
         if name == "fp16" and self.step_number == 0:
             self.loss_scale = FP16_SCALE
@@ -188,8 +189,7 @@ class Lesson(L.LightningModule):
     def on_fit_start(self) -> None:
         """Lightning has placed the student; the average follows."""
         self.average.student.to(self.device)
-        if self.device.type == "cpu" and self.precision_name == "bf16":
-            DepthwiseInFloat32.within(self.student)
+        DepthwiseInFloat32.within(self.student, self.precision_name, self.device.type)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One optimiser step, or a skipped one when loss or gradient is not finite."""
@@ -235,13 +235,12 @@ class Lesson(L.LightningModule):
         for part in range(passes):  # stretches, so that those of all processes are one's of one
             piece = {k: v[part * share : (part + 1) * share] for k, v in batch.items()}
             image = piece["image"].contiguous(memory_format=torch.channels_last)
-            dtype = PRECISIONS[self.precision_name]
-            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with autocast(self.precision_name, self.device.type):
                 answer = self.student(image)
             losses = all_losses(answer, piece)
             if self.features is not None:  # not in float16: what overflows there no scale mends
-                half = dtype == torch.bfloat16
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+                as_safe = "bf16" if self.precision_name == "bf16" else "fp32"
+                with autocast(as_safe, self.device.type):
                     aim = self.features.aim(piece["clean"])
                 losses["features"] = self.features(aim)
                 losses["total"] = losses["total"] + self.features.weight * losses["features"]

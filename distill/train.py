@@ -40,6 +40,7 @@ from distill.parallel import (
     share_norms,
     started_as_companion,
 )
+from distill.precision import chosen
 from distill.resume import alone_in, load_state
 from distill.run_folder import FORMAT, RUN, already, ancestors, identity_of, open_run
 from distill.samples import Frame, claimed_space
@@ -248,15 +249,6 @@ def _need_metres(sets: Sequence[LabelSet], weights: Sequence[float]) -> None:
         )
 
 
-def _precision(config: TrainerConfig, device: str) -> str:
-    """One of `PRECISIONS`. bf16 on a CPU is only taken when asked for: it needs a processor with
-    such instructions (docs/results.md, training)."""
-    if config.precision == "auto":
-        good = device == "cuda" and torch.cuda.is_bf16_supported()
-        return "bf16" if good else "fp32"
-    return config.precision
-
-
 def _teach(
     lesson: Lesson, data: DataModule, folder: Path, identity: dict[str, Any], device: str
 ) -> dict[str, Any]:
@@ -264,7 +256,7 @@ def _teach(
     config = lesson.config
     if (folder / STATE).exists():
         load_state(lesson, folder / STATE)
-    lesson.set_precision(_precision(config, device))
+    lesson.set_precision(chosen(config.precision, device))
     share_norms(lesson.student)
     conductor = Conductor(lesson, data, folder, identity)
     number = int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0

@@ -6,14 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from distill.augment import MODES
+from distill.precision import PRECISIONS
 from teacher.errors import UsageError
 
-# Name -> what the student computes in under autocast; the losses are always float32.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -135,25 +131,3 @@ def trainer_config(values: dict[str, Any]) -> TrainerConfig:
     if unknown:
         raise UsageError(f"trainer: no key {', '.join(unknown)}; the keys are {', '.join(known)}")
     return TrainerConfig(**values)
-
-
-class DepthwiseInFloat32(nn.Conv2d):
-    """A depthwise convolution that autocast leaves alone.
-
-    oneDNN's bfloat16 gradient of one takes three to ten times as long as the float32 one on a CPU.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Conv2d`, in float32."""
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
-
-    @staticmethod
-    def within(network: nn.Module) -> None:
-        """Make every depthwise `nn.Conv2d` of ``network`` one of these.
-
-        Those of derived classes (`timm`'s `Conv2dSame`) stay what they are.
-        """
-        for layer in network.modules():
-            if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1:
-                layer.__class__ = DepthwiseInFloat32

@@ -21,6 +21,7 @@ from teacher.errors import UsageError
 FORMAT, VERSION = "dense-distill/artefact", 1
 PREFIX = "dense_distill."
 FRAME = "camera frame: x right, y up, z toward the viewer; a wall facing the camera is (0, 0, 1)"
+DAMAGE = (AttributeError, KeyError, TypeError, ValueError, RecursionError)  # of foreign JSON
 MIN_DEPTH_M, MAX_DEPTH_M = 1e-3, 1e5  # the graph's own clip: what comes out is always finite
 MAX_PIXELS = 1 << 26  # an artefact that claims a larger image is refused
 MAX_BATCH_PIXELS = 1 << 28  # and a fixed batch that has more of them
@@ -100,10 +101,11 @@ class Card:
         `distill calibrate checkpoint=` has put beside the student: of what it found, or of the
         losses' own law where that was as good. None if it never did.
         """
-        tables = self.provenance.get("calibration", {}).get("confidence", {})
-        if task not in tables:
-            return None
-        return np.interp(uncertainty, *tables[task]["values"]).astype(np.float32)
+        try:
+            table = _confidences(self.provenance).get(task)
+        except DAMAGE as error:
+            raise ArtefactError(f"the student's calibration is damaged: {error}.") from error
+        return None if table is None else np.interp(uncertainty, *table).astype(np.float32)
 
 
 def describe_output(name: str) -> Output:
@@ -141,7 +143,7 @@ def card_from_metadata(metadata: Mapping[str, str], *, where: str) -> Card:
         found["classes"] = {int(k): str(v) for k, v in found["classes"].items()}
         card = Card(**found)
         _check(card)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except DAMAGE as error:
         raise ArtefactError(f"{where}: its metadata is damaged: {error}.") from error
     if version > VERSION:
         raise ArtefactError(
@@ -166,13 +168,20 @@ def _check(card: Card) -> None:
         length = getattr(card, name)
         if not (isinstance(length, int | float) and 0 < length < math.inf):
             raise ValueError(f"{name} is {length!r}, expected a positive number of pixels")
-    for task, fit in card.provenance.get("calibration", {}).get("confidence", {}).items():
-        u, p = np.asarray(fit["values"], np.float64)  # a table of two rows
+    _confidences(card.provenance)
+    if not (isinstance(card.precision, str) and isinstance(card.focal_input, bool)):
+        raise ValueError(f"precision {card.precision!r}, focal_input {card.focal_input!r}")
+
+
+def _confidences(provenance: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Per task the table [2, n] of rising uncertainties and falling probabilities."""
+    tables = {}
+    for task, fit in provenance.get("calibration", {}).get("confidence", {}).items():
+        tables[task] = u, p = np.asarray(fit["values"], np.float64)
         falling = (np.diff(u) >= 0).all() and (np.diff(p) <= 0).all() and np.isfinite(u).all()
         if not (len(u) and falling and (np.abs(p - 0.5) <= 0.5).all()):
             raise ValueError(f"confidence of {task}: expected probabilities that fall with it")
-    if not (isinstance(card.precision, str) and isinstance(card.focal_input, bool)):
-        raise ValueError(f"precision {card.precision!r}, focal_input {card.focal_input!r}")
+    return tables
 
 
 def expected_shape(name: str, card: Card, batch: int) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from export import pictures
+from export.artefact import Card
 from export.letterbox import Letterbox, to_label_space
 from export.runtimes import Runtime, open_runtime
 from teacher.errors import UsageError
@@ -193,15 +194,21 @@ def _answer(group: list[Item], runtime: Runtime, folder: Path) -> list[dict[str,
     rows = []
     for i, item in enumerate(group):
         own = to_label_space({n: a[i] for n, a in answers.items()}, item.box)
-        for task in runtime.card.tasks:
-            if f"{task}_uncertainty" in own:
-                sure = runtime.card.confidence(task, own[f"{task}_uncertainty"])
-                if sure is not None:
-                    if task == "depth":
-                        sure[np.isposinf(own["depth"])] = np.nan  # a sky has no depth to be right
-                    own[f"{task}_confidence"] = sure
-        rows.append(_write(item, own, folder))
+        rows.append(_write(item, own | _confidences(own, runtime.card), folder))
     return rows
+
+
+def _confidences(answers: dict[str, np.ndarray], card: Card) -> dict[str, np.ndarray]:
+    """``<task>_confidence`` [h, w] of every uncertainty that the card has a table for."""
+    found = {}
+    for task in card.tasks:
+        u = answers.get(f"{task}_uncertainty")
+        sure = None if u is None else card.confidence(task, u)
+        if sure is not None:
+            found[f"{task}_confidence"] = sure
+    if "depth_confidence" in found:  # a sky has no depth to be right
+        found["depth_confidence"][np.isposinf(answers["depth"])] = np.nan
+    return found
 
 
 def output_name(uri: str) -> str:

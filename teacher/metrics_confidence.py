@@ -144,12 +144,13 @@ def temporal_flicker(depth_m: np.ndarray, *, warped: np.ndarray | None = None) -
     before = depth_m[:-1] if warped is None else warped
     check_same("temporal_flicker (warped against frames 1..T-1)", warped=before, d=depth_m[1:])
     medians, spreads = [], []
-    for now, then in zip(depth_m[1:].astype(np.float64), before.astype(np.float64), strict=True):
-        both = (now > 0) & (then > 0) & np.isfinite(now) & np.isfinite(then)
+    whole = zip(depth_m[1:].astype(np.float64), before.astype(np.float64), strict=True)
+    for depth, earlier in whole:
+        both = (depth > 0) & (earlier > 0) & np.isfinite(depth) & np.isfinite(earlier)
         if both.any():
-            log_ratio = np.log(now[both] / then[both])
+            log_ratio = np.log(depth[both] / earlier[both])
             middle = np.median(log_ratio)
-            medians.append(float(np.median(now[both] / then[both])))
+            medians.append(float(np.median(depth[both] / earlier[both])))
             spreads.append(float(np.median(np.abs(log_ratio - middle))))
     return {
         "flicker": float(np.std(medians)) if len(medians) > 1 else math.nan,

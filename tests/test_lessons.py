@@ -21,9 +21,10 @@ from distill.features import TOLERANCE, feature_loss, frozen
 from distill.journal import Journal, judge
 from distill.lesson_report import curve, read_rows, write_report
 from distill.module import Diverged, Lesson, layers_of, parameter_groups
+from distill.precision import DepthwiseInFloat32
 from distill.start import start_from, told
 from distill.train import train
-from distill.trainer import DepthwiseInFloat32, trainer_config
+from distill.trainer import trainer_config
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
@@ -256,27 +257,41 @@ def test_the_feature_losses_gradient_is_exact():
     assert loss.item() == 0 and (torch.autograd.grad(loss, near)[0] == 0).all()
 
 
-def test_a_lesson_with_muon_resumes_exactly(labels, tmp_path, monkeypatch):
-    """Matrices and dense kernels by orthogonalised momentum, norms and depthwise kernels not."""
-    arguments = {"data": labels, "student": STUDENT, "trainer": {**SHORT, "optimizer": "muon"}}
-    train(**arguments, out=str(tmp_path / "run"))
-    rows = read_rows(tmp_path / "run" / "metrics.csv")
-    note, seen = Journal.step, {}
+def killed_and_resumed(arguments, out, monkeypatch, *, look=lambda lesson: None) -> None:
+    """Train, but die after the third step, at which one may ``look``; then the same call again."""
+    note = Journal.step
 
     def crash(journal, lesson):
         note(journal, lesson)
-        state = lesson.optimizers().optimizer.state
-        seen.update({n: set(state[p]) for n, p in lesson.student.named_parameters()})
         if lesson.step_number == 3:
+            look(lesson)
             raise MemoryError("as if killed")
 
     monkeypatch.setattr(Journal, "step", crash)
     with pytest.raises(MemoryError):
-        train(**arguments, out=str(tmp_path / "again"))
+        train(**arguments, out=str(out))
     monkeypatch.undo()
-    train(**arguments, out=str(tmp_path / "again"))
-    for a, b in zip(rows, read_rows(tmp_path / "again" / "metrics.csv"), strict=True):
+    train(**arguments, out=str(out))
+
+
+def same_curves(one, other) -> None:
+    """Two runs' rows are equal to 1e-6."""
+    for a, b in zip(*(read_rows(out / "metrics.csv") for out in (one, other)), strict=True):
         assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_a_lesson_with_muon_resumes_exactly(labels, tmp_path, monkeypatch):
+    """Matrices and dense kernels by orthogonalised momentum, norms and depthwise kernels not."""
+    arguments = {"data": labels, "student": STUDENT, "trainer": {**SHORT, "optimizer": "muon"}}
+    train(**arguments, out=str(tmp_path / "run"))
+    seen: dict[str, set[str]] = {}
+
+    def look(lesson):
+        state = lesson.optimizers().optimizer.state
+        seen.update({n: set(state[p]) for n, p in lesson.student.named_parameters()})
+
+    killed_and_resumed(arguments, tmp_path / "again", monkeypatch, look=look)
+    same_curves(tmp_path / "run", tmp_path / "again")
     student = load_student(tmp_path / "run" / "student.safetensors")
     orthogonal = {n for n, entries in seen.items() if "momentum_buffer" in entries}
     dense = {n for n, p in student.named_parameters() if p.ndim > 1 and 1 not in p.shape[:2]}
@@ -303,20 +318,8 @@ def test_a_frozen_backbone_teaches_and_leaves_nothing_behind(labels, tmp_path, m
     assert student.provenance["features"]["name"] == "test_vit"
     assert [line["role"] for line in student.provenance["licences"]] == ["feature teacher"]
 
-    note = Journal.step
-
-    def crash(journal, lesson):
-        note(journal, lesson)
-        if lesson.step_number == 3:
-            raise MemoryError("as if killed")
-
-    monkeypatch.setattr(Journal, "step", crash)
-    with pytest.raises(MemoryError):
-        train(**arguments, out=str(tmp_path / "again"))
-    monkeypatch.undo()
-    train(**arguments, out=str(tmp_path / "again"))
-    for a, b in zip(rows, read_rows(tmp_path / "again" / "metrics.csv"), strict=True):
-        assert a == pytest.approx(b, abs=1e-6)
+    killed_and_resumed(arguments, tmp_path / "again", monkeypatch)
+    same_curves(tmp_path / "run", tmp_path / "again")
     with pytest.raises(UsageError, match="an untrained network has nothing to teach"):
         frozen({"name": "test_vit"}, height=32, width=64)
     with pytest.raises(UsageError, match="no such file"):

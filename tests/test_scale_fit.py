@@ -209,6 +209,8 @@ def test_a_fitted_students_answers_say_how_likely_they_are_right(tmp_path):
     metadata = card_to_metadata(dataclasses.replace(card, provenance={"calibration": [1]}))
     with pytest.raises(ArtefactError, match="metadata is damaged"):
         card_from_metadata(metadata, where="here")
+    with pytest.raises(ArtefactError, match="the student's calibration is damaged: confidence of"):
+        dataclasses.replace(card, provenance=damaged).confidence("depth", u)
     predict(**plain, out=str(tmp_path / "said"))  # an unfitted student's: nothing old stays
     assert not list((tmp_path / "said").rglob("*_confidence.npy"))
     assert len(list((tmp_path / "said").rglob("*.depth.npy"))) == 8

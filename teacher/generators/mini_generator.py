@@ -52,10 +52,10 @@ def draw(
     """
     prompt = net.text(text_batch(texts, max_tokens=net.max_tokens, device=noise.device))
     x, times = noise, torch.linspace(1, 0, steps + 1).tolist()
-    for now, then in itertools.pairwise(times):
-        s = torch.full((len(texts),), now, device=noise.device)
+    for start, end in itertools.pairwise(times):
+        s = torch.full((len(texts),), start, device=noise.device)
         clean = net(x, s, prompt, features).float()
-        x = clean + (then / now) * (x - clean)
+        x = clean + (end / start) * (x - clean)
     return x.clamp(-1, 1)
 
 

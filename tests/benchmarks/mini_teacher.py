@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.mini_teacher LABELS [--weights W] [--limit N] [--steps 1] [--seeds 1]
     [--mirror] [--crops 0] [--zoom] [--decoder] [--signs] [--readings 8] [--sweep] [--base W]
-    [--out report.json] [--sheet sheet.png]
+    [--wordings] [--out report.json] [--sheet sheet.png]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from distill.tune.readings import STYLES, framed
 from distill.tune.scenes_cache import depth_codes, depth_of_codes_m
-from teacher import calibrate, doubt, metrics, prompts
+from teacher import calibrate, doubt, metrics, prompts, wordings
 from teacher.codecs.segmentation import InstanceCodec, PaletteCodec
 from teacher.consensus import variants
 from teacher.generators import Query
@@ -288,6 +288,47 @@ def judge_readings(teacher: MiniTeacher, labels: list[Label], *, steps: int, see
             for style, rows in found.items()} | {"steps": steps, "seeds": seeds}  # fmt: skip
 
 
+def judge_wordings(teacher: MiniTeacher, labels: list[Label]) -> dict[str, dict[str, float]]:
+    """The same scenes asked in the default words and in blind held-out ones, one after another.
+
+    What is read as something else counts as no answer there, so ``read`` says how many are.
+    """
+    plain, found = teacher.prompt, {}
+    names = dict(zip(teacher.palette.names, teacher.palette.colours, strict=True))
+    palette = prompts.palette_text(names, notation="hex")
+    for asked in ("default", "held-out"):
+        rows: dict[Task, list[Any]] = {task: [] for task in Task}
+        for n, label in enumerate(tqdm(labels, desc=f"{asked} wordings", leave=False)):
+
+            def prompt(task: Task, *, name: str = "", n: int = n) -> str:
+                texts = [text for part in wordings.HELD_OUT[2:] for text in part[str(task)]]
+                words = {"name": name, "background": "black", "palette": palette, "map": ""}
+                return prompts.fill(texts[n % len(texts)], **words)
+
+            teacher.prompt = plain if asked == "default" else prompt  # type: ignore[method-assign]
+            for task in Task:
+                text = teacher.prompt(task, name="box")
+                if teacher.generator.kind_of(text)[0] == str(task):
+                    answer = teacher.answer([query_of(label)], [task])[0][task]
+                    rows[task].append((label, answer))
+        confusion = metrics.SemanticConfusion(classes=teacher.classes)
+        for label, answer in rows[Task.SEMANTIC]:
+            confusion.add(answer.values, label.values[Task.SEMANTIC])
+        depth, normals = (
+            [(x.values[t], a) for x, a in rows[t]] for t in (Task.DEPTH, Task.NORMALS)
+        )
+        found[asked] = {
+            **{f"{task}_read": len(rows[task]) / len(labels) for task in Task},
+            **{k: judge_depth(depth)[k] for k in ("delta1", "abs_rel", "boundary_f1")},
+            "normals_mean_deg": judge_normals(normals)["mean_deg"],
+            "miou": float(confusion.result()["miou"]),
+            "pq": judge_instances(rows[Task.INSTANCES], teacher.classes)["pq"],
+        }
+        print(asked, found[asked], flush=True)
+    teacher.prompt = plain  # type: ignore[method-assign]
+    return found
+
+
 def sheet(teacher: MiniTeacher, labels: list[Label], path: str) -> None:
     """Rows of scenes: image, depth, normals, classes, one class of things; then drawn captions."""
     rows = []
@@ -325,6 +366,7 @@ def main() -> None:
     parser.add_argument("--readings", type=int, default=0, help="scenes to frame, 32 seeds each")
     parser.add_argument("--base", help="weights from before instruction tuning")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--wordings", action="store_true", help="blind wordings beside the default")
     parser.add_argument("--sheet", help="a PNG of answers and of drawn captions, nothing else")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out")
@@ -376,6 +418,8 @@ def main() -> None:
             judge_readings(teacher, labels[: given.readings], steps=steps, seeds=32)
             for steps in (1, 4, 8)
         ]
+    if given.wordings:
+        report["wordings"] = judge_wordings(teacher, labels)
     if given.sweep:
         report["sweep"] = sweep(labels[:100], given.weights)
     text = json.dumps(report, indent=1)

@@ -15,8 +15,8 @@
 `versus` compares students with a teacher's stored answers to the same images (`distill label
 images=truth/held-out`), per image, by a paired bootstrap.
 
-Every variant differs from the first, `log` (the shipped recipe on ``train``), in one thing; all
-take as many steps of as many images, and each is scored on every held-out set by `teacher.score`.
+Every variant differs from the first, `log` (`STUDENT` and `TRAINER` on ``train``), in one thing;
+all take as many steps of as many images, and each is scored on every held-out set.
 Further label sets of the same images: `answers`, one answer per image instead of a consensus;
 `truth`; `budget`, so many answers of the teacher in all: as many images with one each, half of them
 with two, a sixth of them with six (``train``). The last lines compare each variant with the first
