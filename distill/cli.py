@@ -67,16 +67,20 @@ def configure(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The verb's YAML with overrides, as plain Python values."""
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
+
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            config = compose(verb, overrides=list(overrides))
+    except HydraException:
+        raise_for_unknown_key(verb, overrides)
+        raise
+    return plain_values(verb, config, overrides)
+
+
+def plain_values(verb: str, config: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """A composed configuration as plain Python values; names the keys that were left open."""
     from omegaconf import OmegaConf
 
-    with initialize_config_module("conf", version_base="1.3"):
-        try:
-            config = compose(verb, overrides=list(overrides))
-        except HydraException as error:
-            chosen = [o for o in overrides if (files("conf") / o.partition("=")[0]).is_dir()]
-            with contextlib.suppress(HydraException):
-                raise_for_unknown_key(compose(verb, overrides=chosen), overrides)
-            raise error
     given = dict(o.split("=", 1) for o in overrides if "=" in o)
     missing = sorted(str(k) for k in OmegaConf.missing_keys(config))
     missing += [k for k in required_keys(verb) if given.get(k) in ("", "null")]
@@ -103,12 +107,20 @@ def required_keys(verb: str) -> list[str]:
     ]
 
 
-def raise_for_unknown_key(defaults: Any, overrides: Sequence[str]) -> None:
+def raise_for_unknown_key(verb: str, overrides: Sequence[str]) -> None:
     """Name a mistyped key with the one that was probably meant; other mistakes are Hydra's."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     from teacher.errors import UsageError
 
+    chosen = [o for o in overrides if (files("conf") / o.partition("=")[0]).is_dir()]
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            defaults = compose(verb, overrides=chosen)
+    except HydraException:
+        return
     for key in (o.partition("=")[0] for o in overrides if o[:1] not in "+~" and "@" not in o):
         node: Any = OmegaConf.to_container(defaults)
         parts = key.split(".")
@@ -164,26 +176,49 @@ def _in_words(key: str, kind: Any) -> str:
 
 def run_verb(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Configure and run one verb in this process; returns its result."""
-    function, values = verb_function(verb), configure(verb, overrides)
+    return run_values(verb, configure(verb, overrides))
+
+
+def run_values(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one verb with its configured values; returns its result."""
+    function = verb_function(verb)
     raise_for_wrong_kind(function, values)
     return function(**values)
 
 
 def sweep(verb: str, arguments: Sequence[str]) -> int:
-    """Hand a --multirun to Hydra; every job runs the verb with its own values."""
-    import hydra
-    from omegaconf import DictConfig, OmegaConf
+    """Hand a --multirun to Hydra; the largest exit code of its jobs.
 
-    def job(config: DictConfig) -> Any:
-        values: dict = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        raise_for_wrong_kind(verb_function(verb), values)
-        result = verb_function(verb)(**values)
-        print(result["summary"])
+    Every job runs the verb with its own values. One that fails is complained about at once; the
+    others run all the same.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
+    codes, told = [0], []
+
+    def job(config: Any) -> Any:
+        try:
+            result = run_values(verb, plain_values(verb, config, HydraConfig.get().overrides.task))
+        except Exception as error:
+            codes.append(complain(verb, error))
+            told.append(error)
+            raise
+        print(result["summary"], flush=True)
+        codes.append(int(result.get("exit", 0)))
         return result.get("objective")
 
     sys.argv = [f"distill {verb}", *arguments]
-    hydra.main(config_path="pkg://conf", config_name=verb, version_base="1.3")(job)()
-    return 0
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; else Hydra prints them, exit 1
+    try:
+        hydra.main(config_path="pkg://conf", config_name=verb, version_base="1.3")(job)()
+    except Exception as error:
+        if isinstance(error, HydraException) and not told:
+            raise_for_unknown_key(verb, [a for a in arguments if not a.startswith(("-", "hydra"))])
+        if error not in told:
+            raise
+    return max(codes)
 
 
 def usage() -> str:

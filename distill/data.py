@@ -8,6 +8,7 @@ processes: decoding, NumPy and Pillow release the interpreter, and the cache exi
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,14 +150,25 @@ class DataModule:
                 f"{val_share}; label more images."
             )
         sizes = [len(keys) for keys in self.train]
-        self.weights = [float(w) for w in (weights or sizes)]
-        fits = len(self.weights) == len(sizes) and min(self.weights) >= 0 and sum(self.weights) > 0
+        asked = [float(w) for w in (sizes if weights is None else weights)]
+        fits = len(asked) == len(sizes) and min(asked) >= 0 and 0 < sum(asked) < math.inf
         if not fits:
             raise UsageError(
-                f"weights={list(weights or [])}: expected {len(sizes)} number(s) >= 0, one per "
-                "label set in data, not all 0"
+                f"weights={list(weights or [])}: expected {len(sizes)} number(s) >= 0, finite in "
+                "sum, one per label set in data, not all 0"
             )
-        self.weights = [w if n else 0.0 for w, n in zip(self.weights, sizes, strict=True)]
+        self.weights = [w if n else 0.0 for w, n in zip(asked, sizes, strict=True)]
+        if not any(self.weights):
+            empty = [
+                str(getattr(s, "path", f"set {i} of data"))
+                for i, (s, w) in enumerate(zip(sets, asked, strict=True), 1)
+                if w
+            ]
+            raise UsageError(
+                f"weights={list(weights or [])}: nothing to draw, {', '.join(empty)} has no image "
+                f"left for training after val_share={val_share}; give another set a weight above 0 "
+                "or label more images"
+            )
         self._cache: dict[tuple[int, str], Record] = {}
         self.bad: dict[tuple[int, str], dict[str, int]] = {}
         self._bytes, self._lock = 0, threading.Lock()

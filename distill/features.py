@@ -8,7 +8,9 @@ where it is below a tolerance. The projection that makes the channels equal is t
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,6 +23,13 @@ from teacher.errors import UsageError
 from teacher.jobs.licences import read_ledger
 
 MINI = "mini"
+# key -> kinds, and their words
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "name": ((str,), "text"),
+    "weights": ((str, NoneType), "text or null"),
+    "pretrained": ((bool,), "true or false"),
+    "weight": ((int, float), "a number"),
+}
 TOLERANCE = 0.85  # a cosine above it is near enough (Depth Anything, section 3.4)
 
 
@@ -80,6 +89,15 @@ class MiniFeatures(nn.Module):
 def frozen(source: dict[str, Any], *, height: int, width: int) -> TimmFeatures | MiniFeatures:
     """The frozen network of ``source``: ``name`` (a `timm` name, or "mini"), ``weights`` (a local
     file), ``pretrained``."""
+    for key, (kinds, words) in KINDS.items():
+        value = source.get(key)
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if key in source and wrong:
+            found = f"{value!r} ({type(value).__name__})"
+            raise UsageError(f"features.{key}={found}: expected {words}")
+    weight = source.get("weight", 1.0)
+    if not 0 <= weight < math.inf:
+        raise UsageError(f"features.weight={weight}: expected a finite number of at least 0")
     name, weights = source["name"], source.get("weights") or ""
     if weights and not Path(weights).is_file():
         raise UsageError(f"features.weights={weights!r}: no such file")
@@ -87,7 +105,7 @@ def frozen(source: dict[str, Any], *, height: int, width: int) -> TimmFeatures |
     if name == MINI:
         net = MiniFeatures(weights, height=height, width=width)
     else:
-        pretrained = bool(source.get("pretrained", False))
+        pretrained = source.get("pretrained", False)
         if not pretrained and not weights:
             raise UsageError(
                 f"features.name={name}: an untrained network has nothing to teach; set "

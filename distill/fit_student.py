@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill.run_folder import set_identity
 from distill.samples import Frame, compact, make_sample
 from distill.scale_fit import Fit, Pair, fit_confidence, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student
@@ -76,15 +77,27 @@ def fit_student(
         uncertainties as they were fitted, if two images or more could judge it; ``images``.
 
     Raises:
-        UsageError: no labelled image, or depth that nobody measured (`distill.samples`).
+        UsageError: no labelled image, the images of the training itself, depth that nobody
+            measured (`distill.samples`), or ``out`` is ``checkpoint``.
     """
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"out={out}: expected a file name that ends in .safetensors")
+    if Path(out).resolve() == Path(checkpoint).resolve():
+        raise UsageError(f"out={out}: that is the checkpoint itself; a fit is a new file")
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit={limit}: expected at least one image, or null for all")
     old = load_student(checkpoint)
     model = Student(**{**old.config, "calibration": {}}).eval()
     model.load_state_dict(old.state_dict())
     truth = LabelSet(labels)
-    keys = [truth.keys[i] for i in _evenly(len(truth.keys), limit or len(truth.keys))]
+    learnt = [part.get("keys") for part in old.provenance.get("data", [])]
+    if set_identity(truth)["keys"] in learnt:
+        raise UsageError(
+            f"labels={labels}: the very images that {checkpoint} learnt from, where it is better "
+            "and surer than elsewhere. Give true labels of other images"
+        )
+    most = len(truth.keys) if limit is None else limit
+    keys = [truth.keys[i] for i in _evenly(len(truth.keys), most)]
     if not keys:
         raise UsageError(f"labels={labels}: no labelled image in it")
     pairs = measured(model, truth, keys)
@@ -118,8 +131,9 @@ def fit_student(
     provenance = {"calibration": {"domain": domain, **about}, "licences": licences}
     save_student(fitted, out, old.provenance | provenance)
     shown = "; ".join(
-        f"{name} {'x'.join(f'{v:.3g}' for v in fit.values) if fit.kept else 'as it was'} "
-        f"({fit.before:.3g} -> {fit.after:.3g})"
+        f"{name} {_shown(name, fit)} ({fit.before:.3g} -> {fit.after:.3g})"
+        if fit.images > 1
+        else f"{name} as it was (too few images: {fit.images}, two are needed to judge a fit)"
         for name, fit in found.items()
     ) + "".join(
         f"; {task} confidence {'by table' if fit.kept else 'by its law'}, Brier "
@@ -127,6 +141,14 @@ def fit_student(
         for task, fit in sure.items()
     )
     return {"summary": f"{out}: {shown}", "images": len(keys), **about}
+
+
+def _shown(name: str, fit: Fit[Any]) -> str:
+    """A fit in a few characters, in the letters of `distill.scale_fit`."""
+    if not fit.kept:
+        return "as it was"
+    letters = "ab" if name == "depth" else "gp"
+    return " ".join(f"{x}={v:.3g}" for x, v in zip(letters, fit.values, strict=True))
 
 
 @torch.inference_mode()

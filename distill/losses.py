@@ -133,10 +133,13 @@ def instance_losses(
 def surface_loss(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The angle between the labelled normals and those of the predicted depth.
 
-    Where the camera is known, inside one surface of the labelled depth: what ties depth to normals
-    (Qi et al. 2018, "GeoNet", section 3.2, with central differences instead of a plane fit).
+    Where the camera is known, inside one surface of the labelled metric depth: what ties depth to
+    normals (Qi et al. 2018, "GeoNet", section 3.2, with central differences, not a plane fit).
     """
-    flat = on_one_surface(batch["depth"]) & batch["camera_known"].view(-1, 1, 1, 1)
+    tells = batch["camera_known"]  # an affine depth's ratios say nothing about surfaces
+    if "depth_space" in batch:
+        tells = tells & (batch["depth_space"] == 0)
+    flat = on_one_surface(batch["depth"]) & tells.view(-1, 1, 1, 1)
     normals = batch["normals"]
     known = flat & ~torch.isnan(normals).any(1, keepdim=True)
     known = known & reliable("normals", batch["normals_uncertainty"])

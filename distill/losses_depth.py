@@ -29,16 +29,20 @@ def log_error(depth: Map, target: Map) -> tuple[Map, Mask]:
     return torch.where(known, log_depth - aim, 0.0), known
 
 
-def silog(error: Map, known: Mask) -> Float[Tensor, ""]:
+def silog(error: Map, known: Mask, weight: Map) -> Float[Tensor, ""]:
     """Scale-invariant log loss per image, then mean.
 
     Eigen et al. 2014, "Depth Map Prediction from a Single Image", equation 4, with the square root
-    of Lee et al. 2019: sqrt(mean e^2 - lambda (mean e)^2). Images without depth are left out.
+    of Lee et al. 2019: sqrt(E e^2 - lambda (E e)^2), the means weighted, the whole times the root
+    of the mean weight: an error of scale alone is discounted by sqrt(1 - lambda) whatever the
+    weights, and an image that is unsure throughout counts little. Those without depth are left out.
     """
-    count = known.sum((1, 2, 3)).clamp(min=1)
-    mean = error.sum((1, 2, 3)) / count
-    square = (error**2).sum((1, 2, 3)) / count
-    spread = (square - SILOG_LAMBDA * mean**2).clamp(min=0)
+    counts = torch.where(known, weight, 0.0)
+    total = counts.sum((1, 2, 3)).clamp(min=1e-6)
+    mean = (counts * error).sum((1, 2, 3)) / total
+    square = (counts * error**2).sum((1, 2, 3)) / total
+    share = total / known.sum((1, 2, 3)).clamp(min=1)
+    spread = share * (square - SILOG_LAMBDA * mean**2).clamp(min=0)
     value = torch.where(spread > 1e-8, spread, 1e-8).sqrt()
     return masked_mean(value, known.any(3).any(2).any(1))
 
@@ -189,7 +193,7 @@ def depth_losses(
     cross = torch.nn.functional.binary_cross_entropy_with_logits(logits, is_sky, reduction="none")
     by_claim = teaches & metric
     losses = {
-        "depth_silog": silog(torch.where(by_claim, error * weight.sqrt(), 0.0), by_claim),
+        "depth_silog": silog(error, by_claim, weight),
         "depth_gradient": gradient_matching(error, by_claim, weight),
         "depth_affine": affine_invariant(answer["depth"], target, teaches & ~metric, weight, space),
         "sky": masked_mean(cross, told),

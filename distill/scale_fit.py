@@ -46,8 +46,10 @@ class Fit(Generic[V]):
     images: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return dataclasses.asdict(self) | {"values": np.asarray(self.values).tolist()}
+        """Plain JSON; None where nothing could be judged."""
+        losses = {"before": self.before, "after": self.after}
+        judged = {k: v if math.isfinite(v) else None for k, v in losses.items()}
+        return dataclasses.asdict(self) | {"values": np.asarray(self.values).tolist()} | judged
 
 
 Two = tuple[float, float]

@@ -107,7 +107,7 @@ def train(
         "out": out,
         "student": dict(student),
         "trainer": dict(trainer),
-        "weights": list(weights) if weights else None,
+        "weights": None if weights is None else list(weights),
         "selection": [selection] if isinstance(selection, str) else list(selection or ()),
         "licence": licence,
         "features": features if (features or {}).get("name") else None,
@@ -222,7 +222,8 @@ def _build(student: dict[str, Any], sets: Sequence[LabelSet]) -> Student:
     if missing:
         raise UsageError(f"student: {' and '.join(missing)} must be given")
     offered = sorted({str(task) for labels in sets for task in labels.tasks})
-    tasks = list(student.get("tasks", ("depth", "normals")))
+    tasks = student.get("tasks", ("depth", "normals"))
+    tasks = list(tasks) if isinstance(tasks, (list, tuple)) else []  # else `Student` refuses it
     absent = [task for task in tasks if task not in offered and task in list(Task)]
     if absent:
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,18 +78,18 @@ class TrainerConfig:
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), field.default
             kinds = (float, int) if isinstance(default, float) else type(default)
-            if not isinstance(value, kinds) and field.name not in ("minutes", "patience"):
+            if field.name not in ("minutes", "patience") and not _is(value, kinds):
                 raise UsageError(
                     f"trainer.{field.name}={value!r}: expected a value like {default!r}"
                 )
         whole = ("steps", "batch_size", "accumulate", "devices", "val_every", "checkpoint_every")
-        for name in (*whole, "bad_steps_limit"):
+        for name in (*whole, "bad_steps_limit", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"trainer.{name}={getattr(self, name)}: expected at least 1")
         minutes, patience = self.minutes, self.patience
-        if minutes is not None and not (isinstance(minutes, (float, int)) and minutes > 0):
+        if minutes is not None and not (_is(minutes, (float, int)) and minutes > 0):
             raise UsageError(f"trainer.minutes={minutes!r}: expected more than 0, or null")
-        if patience is not None and not (isinstance(patience, int) and patience > 0):
+        if patience is not None and not (_is(patience, int) and patience > 0):
             raise UsageError(f"trainer.patience={patience!r}: expected at least 1, or null")
         if patience is not None and self.val_share == 0:
             raise UsageError("trainer.patience needs held-out images; set trainer.val_share")
@@ -98,6 +99,9 @@ class TrainerConfig:
         for name in ("weight_decay", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"trainer.{name}={getattr(self, name)}: expected at least 0")
+        for name in ("minutes", "lr", "backbone_lr_factor", "layer_decay", "weight_decay"):
+            if getattr(self, name) == math.inf:
+                raise UsageError(f"trainer.{name}=inf: expected a finite number")
         for name in ("ema_decay", "val_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"trainer.{name}={getattr(self, name)}: expected within [0, 1)")
@@ -122,6 +126,11 @@ class TrainerConfig:
                 "x the processes that share a batch (trainer.devices, torchrun) = "
                 f"{self.accumulate} x {self.devices}"
             )
+
+
+def _is(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    """`isinstance`, but true and false are no numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def trainer_config(values: dict[str, Any]) -> TrainerConfig:

@@ -149,8 +149,20 @@ def _quiet() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
+def _reason(error: BaseException) -> str:
+    """What the exporter stumbled over and why: the outermost and the innermost cause."""
+    causes = []
+    while error.__cause__ is not None:
+        error = error.__cause__
+        causes.append(str(error).partition("\n")[0].partition(" : ")[0])
+    return ": ".join(dict.fromkeys([*causes[:1], *causes[-1:]]))
+
+
 def to_onnx(student: Student, card: Card) -> onnx.ModelProto:
-    """Export, tidy, attach the card, check. Raises `ArtefactError` if the graph breaks a rule."""
+    """Export, tidy, attach the card, check. Raises `ArtefactError` if the graph breaks a rule.
+
+    And `UsageError` if the exporter cannot translate the student: not every backbone can be.
+    """
     module = Delivered(student, card).eval()
     batch = card.batch or 2  # an example of 1 would be baked in as a constant
     args: list[Tensor] = [torch.zeros(batch, card.height, card.width, 3, dtype=torch.uint8)]
@@ -161,17 +173,24 @@ def to_onnx(student: Student, card: Card) -> onnx.ModelProto:
     shapes = None
     if card.batch is None:
         shapes = tuple({0: torch.export.Dim("N", min=1, max=1 << 16)} for _ in args)
-    with _quiet():
-        program = torch.onnx.export(
-            module,
-            tuple(args),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=list(card.outputs),
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                tuple(args),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=list(card.outputs),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UsageError(
+            f"student.backbone={student.config['backbone']}: torch's ONNX exporter cannot translate"
+            f" this student ({_reason(error)}), expected only operators that it knows. Train a "
+            "student with another student.backbone=."
+        ) from error
     model: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
     tidy(model)
     onnx.helper.set_model_props(model, card_to_metadata(card))

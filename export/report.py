@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from export.parity import TASK_OF, gap
 from export.readiness import TARGETS
 from teacher.label import Label, Task
 from teacher.metrics import angles_deg
+from teacher.score import HEADLINE
 
 PICTURED_IMAGES, PICTURED_ARTEFACTS = 12, 2
 MISSED = "MISSED"
@@ -254,19 +256,26 @@ def main_name(result: Mapping[str, Any]) -> str:
 
 
 def worst_first(result: Mapping[str, Any]) -> list[str]:
-    """Keys: those that missed a budget, then by the student's error against the first reference."""
+    """Keys: those that missed a budget, then each task's worst, each task's second worst, ...
+
+    By the student's error against the first reference; instances have no number there: by how far
+    in pixels an artefact's ``offset`` is from the student's.
+    """
     missed = [f["image"] for f in result["findings"] if f["image"] in result["keys"]]
-    ranked: list[str] = []
-    for report in result["scores"].get(main_name(result), {}).values():
-        for task, number, sign in (
-            ("depth", "abs_rel", -1),
-            ("normals", "mean_deg", -1),
-            ("semantic", "pixel_accuracy", 1),
-        ):
-            rows = [r for r in report["rows"] if r.get(task, {}).get(number) is not None]
-            rows.sort(key=lambda r: sign * r[task][number])
-            ranked += [r["key"] for r in rows]
-        break
+    reports = list(result["scores"].get(main_name(result), {}).values())
+    rows = reports[0]["rows"] if reports else []
+    tables: list[dict[str, float]] = []
+    for task in LABEL_TASKS:
+        number, _, large_is_bad = HEADLINE[Task(task)]
+        known = {r["key"]: r[task][number] for r in rows if task in r}
+        way = 1 if large_is_bad else -1
+        tables.append({key: way * value for key, value in known.items() if value is not None})
+    gaps: dict[str, float] = {}
+    for told in result["artefacts"].values():
+        for key, row in told["parity"].get("offset", {"rows": {}})["rows"].items():
+            gaps[key] = max(row["p999"], gaps.get(key, 0.0))
+    orders = [sorted(t, key=t.__getitem__, reverse=True) for t in (*tables, gaps)]
+    ranked = [key for rank in zip_longest(*orders) for key in rank if key is not None]
     return list(dict.fromkeys([*missed, *ranked, *result["keys"]]))
 
 

@@ -92,6 +92,7 @@ class Backbone(nn.Module):
         weights: a local .safetensors file instead; empty for none.
         licence: licence of that file; empty takes the file's own ``license`` entry, else `timm`'s
             record for that name.
+        decoder_stride: what the size must be a multiple of besides [px].
 
     Attributes:
         channels: channels per level, fine to coarse.
@@ -109,6 +110,7 @@ class Backbone(nn.Module):
         pretrained: bool = False,
         weights: str = "",
         licence: str = "",
+        decoder_stride: int = 1,
     ) -> None:
         """Build the network; see the class for the arguments."""
         super().__init__()
@@ -117,7 +119,7 @@ class Backbone(nn.Module):
         facts = timm.get_pretrained_cfg(name)
         options: dict[str, Any] = {}
         if facts is not None and facts.fixed_input_size:
-            self._check_size(name, height, width, self.stride_of(name))
+            self._check_size(name, height, width, self.stride_of(name), decoder_stride)
             options["img_size"] = (height, width)
         probe = _create(name, pretrained=False, weights="", options=options)
         blocks = len(probe.feature_info.info)
@@ -128,7 +130,7 @@ class Backbone(nn.Module):
         self.net = probe
         self.channels: list[int] = list(probe.feature_info.channels())
         self.strides: list[int] = list(probe.feature_info.reduction())
-        self._check_size(name, height, width, max(self.strides))
+        self._check_size(name, height, width, max(self.strides), decoder_stride)
         self.channels_last = str(getattr(probe, "output_fmt", "NCHW")).endswith("NHWC")
         self.mean = tuple(facts.mean) if facts else (0.485, 0.456, 0.406)
         self.std = tuple(facts.std) if facts else (0.229, 0.224, 0.225)
@@ -144,12 +146,14 @@ class Backbone(nn.Module):
         return max(probe.feature_info.reduction())
 
     @staticmethod
-    def _check_size(name: str, height: int, width: int, stride: int) -> None:
-        if height % stride or width % stride or height < stride or width < stride:
-            near = [max(stride, round(v / stride) * stride) for v in (height, width)]
+    def _check_size(name: str, height: int, width: int, stride: int, decoder_stride: int) -> None:
+        step = math.lcm(stride, decoder_stride)
+        if height % step or width % step or height < step or width < step:
+            near = [max(step, round(v / step) * step) for v in (height, width)]
             raise StudentError(
-                f"student size {height}x{width} (height x width): {name} needs multiples of "
-                f"{stride} px; the nearest is height={near[0]} width={near[1]}"
+                f"student size {height}x{width} (height x width): {name} with decoder_stride="
+                f"{decoder_stride} needs multiples of {step} px; the nearest is height={near[0]} "
+                f"width={near[1]}"
             )
 
     def forward(self, image: Tensor) -> list[Tensor]:

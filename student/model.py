@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,11 +24,32 @@ TASKS = ("depth", "normals", "semantic", "instances")
 NEAREST = 1e-3  # canonical metres that a calibrated depth cannot go below
 LARGEST = {"depth_uncertainty": 20.0, "normals_uncertainty": 180.0}
 DECODERS = {"fpn": Decoder, "dpt": DptDecoder}
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("backbone", "decoder", "depth_head"), ((str,), "text")),
+    **dict.fromkeys(
+        ("backbone_weights", "backbone_licence"), ((str, NoneType), 'text, "" for none')
+    ),
+    **dict.fromkeys(
+        ("height", "width", "decoder_channels", "decoder_stride"), ((int,), "a whole number")
+    ),
+    **dict.fromkeys(("uncertainty", "pretrained"), ((bool,), "true or false")),
+    "tasks": ((list, tuple), "a list, e.g. [depth]"),
+    "canonical_focal_px": ((int, float, NoneType), "a number or null"),
+    "calibration": ((Mapping, NoneType), "a table or null"),
+}
 
 
 def assumed_focal_px(height: int, width: int) -> float:
     """Focal length of a 60 degree view across the longer side: the default canonical camera."""
     return max(height, width) / 2 / math.tan(math.radians(60) / 2)
+
+
+def _raise_for_wrong_kind(values: Mapping[str, Any]) -> None:
+    for name, (kinds, words) in KINDS.items():
+        value = values[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            found = f"{value!r} ({type(value).__name__})"
+            raise StudentError(f"student.{name}={found}: expected {words}")
 
 
 def _class_table(classes: Mapping[Any, str] | None) -> dict[str, str]:
@@ -63,7 +85,7 @@ class Student(nn.Module):
         provenance: plain JSON; filled by the trainer and `student.checkpoint`.
 
     Raises:
-        StudentError: unknown backbone or task, impossible size.
+        StudentError: a value of the wrong kind, unknown backbone or task, impossible size.
     """
 
     def __init__(
@@ -86,8 +108,11 @@ class Student(nn.Module):
         backbone_licence: str = "",
     ) -> None:
         """Build the network; see the class for the arguments."""
+        _raise_for_wrong_kind(locals())
         super().__init__()
-        focal_px = canonical_focal_px or assumed_focal_px(height, width)
+        focal_px = canonical_focal_px
+        if focal_px is None:
+            focal_px = assumed_focal_px(height, width)
         self.config: dict[str, Any] = {
             "backbone": backbone,
             "tasks": [t for t in TASKS if t in tasks],
@@ -112,8 +137,9 @@ class Student(nn.Module):
             height=height,
             width=width,
             pretrained=pretrained,
-            weights=backbone_weights,
-            licence=backbone_licence,
+            weights=backbone_weights or "",
+            licence=backbone_licence or "",
+            decoder_stride=decoder_stride,
         )
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
@@ -133,8 +159,7 @@ class Student(nn.Module):
         for name in ("height", "width"):
             if self.config[name] < 1:
                 raise StudentError(f"student {name}={self.config[name]}: expected at least 1 px")
-        unknown = sorted(set(tasks) - set(TASKS))
-        if unknown or not tasks:
+        if not tasks or any(task not in TASKS for task in tasks):
             raise StudentError(f"student tasks {list(tasks)}: expected some of {list(TASKS)}")
         if "semantic" in tasks and len(self.config["classes"]) < 2:
             raise StudentError(
@@ -156,9 +181,6 @@ class Student(nn.Module):
                 f"student decoder: stride must be 2 or 4 and channels at least 8, got stride="
                 f"{stride} channels={base}"
             )
-        height, width = self.config["height"], self.config["width"]
-        if height % stride or width % stride:
-            raise StudentError(f"student size {height}x{width} must be a multiple of {stride}")
         if not (math.isfinite(self.config["canonical_focal_px"])) or (
             self.config["canonical_focal_px"] <= 0
         ):

@@ -117,3 +117,40 @@ def test_the_installed_command_finds_its_configuration(tmp_path):
     assert seen.returncode == 2
     assert "images=nowhere" in seen.stderr
     assert not list(tmp_path.iterdir())
+
+
+STAND_IN = """
+import sys
+from distill import cli
+from teacher.errors import EnvironmentFailure, UsageError
+
+def verify(*, labels: str, limit: int, **_):
+    error = {7: UsageError("limit=7: odd"), 8: EnvironmentFailure("no device")}.get(limit)
+    if error:
+        raise error
+    return {"summary": f"{labels}: limit {limit}", "exit": limit}
+
+cli.verb_function = lambda verb: verify
+sys.exit(cli.main(["verify", "--multirun", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "messages"),
+    [
+        (["labels=2026", "limit=0,0"], 0, ["2026: limit 0"]),
+        (["labels=y", "limit=1,0"], 1, ["y: limit 1", "y: limit 0"]),
+        (["labels=y", "limit=7,1"], 2, ["limit=7: odd", "y: limit 1"]),
+        (["labels=y", "limit=7,8"], 3, ["limit=7: odd", "no device"]),
+        (["limit=0,1"], 2, ["labels= must be given"]),
+        (["labels=y", "limit=0,many"], 2, ["limit='many' (str): expected a whole number."]),
+        (["labels=y", "limmit=0,1"], 2, ["limmit=: there is no such key; did you mean limit=?"]),
+    ],
+)
+def test_a_sweep_ends_with_the_largest_exit_of_its_jobs(tmp_path, arguments, code, messages):
+    command = [sys.executable, "-c", STAND_IN, "export=x", *arguments]
+    seen = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    told = " ".join((seen.stdout + seen.stderr).split())
+    assert seen.returncode == code, told
+    assert all(message in told for message in messages), told
+    assert "Traceback" not in told

@@ -3,12 +3,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from analytic_scenes import CLASSES, analytic_label
+from analytic_scenes import CLASSES, analytic_label, write_analytic_set
 
 from distill.augment import GREY
 from distill.data import DataModule, in_validation, merged_classes, schedule, split_keys
+from distill.features import FeatureLoss
 from distill.instances import center_offset
 from distill.samples import Frame, compact, make_sample
+from distill.train import train
+from distill.trainer import trainer_config
+from student.backbone import StudentError
+from student.model import Student
 from teacher.errors import UsageError
 from teacher.label import Label, Task
 
@@ -189,6 +194,102 @@ def test_bad_uses_are_explained(scenes):
         DataModule([InMemory([])], frame=FRAME)
     with pytest.raises(UsageError, match="class 1 is 'wall' in one label set and 'door'"):
         merged_classes([scenes, InMemory([], {1: "door"})])
+
+
+@pytest.mark.parametrize(
+    "weights, text",
+    [
+        ([], r"weights=\[\]: expected 2 number\(s\) >= 0"),
+        ([float("inf"), 1], r"weights=\[inf, 1\]: expected 2 number\(s\) >= 0, finite"),
+        ([float("nan"), 1], r"weights=\[nan, 1\]: expected 2 number\(s\) >= 0, finite"),
+        ([1e308, 1e308], r"expected 2 number\(s\) >= 0, finite"),
+        ([0, 0], r"weights=\[0, 0\]: expected .* not all 0"),
+        ([-1, 2], r"weights=\[-1, 2\]: expected 2 number\(s\) >= 0"),
+    ],
+)
+def test_weights_that_no_set_can_be_drawn_by_are_refused(scenes, weights, text):
+    with pytest.raises(UsageError, match=text):
+        DataModule([scenes, scenes], frame=FRAME, weights=weights)
+
+
+def test_all_the_weight_on_a_set_without_a_training_image_names_that_set(scenes):
+    empty = InMemory([])
+    with pytest.raises(UsageError, match=r"weights=\[1, 0\]: .* set 1 of data has no image left"):
+        DataModule([empty, scenes], frame=FRAME, weights=[1, 0])
+    empty.path = "labels/empty"
+    with pytest.raises(UsageError, match=r"weights=\[1, 0\]: .*labels/empty has no image left"):
+        DataModule([empty, scenes], frame=FRAME, weights=[1, 0])
+    data = DataModule([empty, scenes], frame=FRAME, weights=[1, 1], batch_size=4)
+    assert data.weights == [0, 1] and len(list(data.train_batches(steps=2))) == 2
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"steps": True}, r"trainer\.steps=True: expected a value like 20000"),
+        ({"lr": True}, r"trainer\.lr=True: expected a value like 0\.001"),
+        ({"minutes": True}, r"trainer\.minutes=True: expected more than 0, or null"),
+        ({"minutes": float("inf")}, r"trainer\.minutes=inf: expected a finite number"),
+        ({"patience": True}, r"trainer\.patience=True: expected at least 1, or null"),
+        ({"threads": -4}, r"trainer\.threads=-4: expected at least 1"),
+        ({"lr": float("inf")}, r"trainer\.lr=inf: expected a finite number"),
+        ({"lr": float("nan")}, r"trainer\.lr=nan: expected more than 0"),
+        ({"weight_decay": float("inf")}, r"trainer\.weight_decay=inf: expected a finite number"),
+    ],
+)
+def test_trainer_values_that_would_be_taken_for_something_else_are_refused(change, text):
+    with pytest.raises(UsageError, match=text) as caught:
+        trainer_config(change)
+    assert caught.value.exit_code == 2
+
+
+def test_a_trainer_may_leave_limits_out_or_the_gradient_unclipped():
+    values = {"minutes": None, "patience": None, "grad_clip": float("inf"), "lr": 1}
+    assert trainer_config(values).grad_clip == float("inf")
+    assert trainer_config({"minutes": 3, "patience": 2}).minutes == 3
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"weight": "abc"}, r"features\.weight='abc' \(str\): expected a number"),
+        ({"weight": True}, r"features\.weight=True \(bool\): expected a number"),
+        ({"weight": -1}, r"features\.weight=-1: expected a finite number of at least 0"),
+        ({"weight": float("inf")}, r"features\.weight=inf: expected a finite number"),
+        ({"weight": None}, r"features\.weight=None \(NoneType\): expected a number"),
+        ({"pretrained": "no"}, r"features\.pretrained='no' \(str\): expected true or false"),
+        ({"weights": 3}, r"features\.weights=3 \(int\): expected text"),
+        ({"name": 3}, r"features\.name=3 \(int\): expected text"),
+    ],
+)
+def test_feature_values_of_the_wrong_kind_are_refused(change, text):
+    student = Student(backbone="test_efficientnet", height=32, width=64)
+    with pytest.raises(UsageError, match=text) as caught:
+        FeatureLoss({"name": "mini", **change}, student)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("change", [{"tasks": None}, {"tasks": "depth"}, {"height": "abc"}])
+def test_a_lesson_refuses_student_values_of_the_wrong_kind(tmp_path, change):
+    write_analytic_set(tmp_path / "set", n=2)
+    values = {"backbone": "test_resnet", "height": 32, "width": 64, **change}
+    (key,) = change
+    with pytest.raises(StudentError, match=rf"student\.{key}=.* expected") as caught:
+        train(data=str(tmp_path / "set"), out=str(tmp_path / "run"), student=values, trainer={})
+    assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+def test_a_lesson_refuses_an_empty_list_of_weights(tmp_path):
+    write_analytic_set(tmp_path / "set", n=2)
+    values = {"backbone": "test_resnet", "height": 32, "width": 64}
+    with pytest.raises(UsageError, match=r"weights=\[\]: expected 1 number"):
+        train(
+            data=str(tmp_path / "set"),
+            out=str(tmp_path / "run"),
+            student=values,
+            trainer={"device": "cpu", "steps": 1},
+            weights=[],
+        )
 
 
 def test_centres_and_offsets_by_hand():

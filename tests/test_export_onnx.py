@@ -10,6 +10,7 @@ import torch
 from export_cases import CLASSES, HEIGHT, WIDTH, hand_made, make_labels, make_student, picture
 from onnx import TensorProto, helper, numpy_helper
 
+from distill import cli
 from export import onnx_files
 from export.artefact import (
     PREFIX,
@@ -23,6 +24,7 @@ from export.onnx_files import check_rules, check_sizes, read_model
 from export.onnx_graph import export_student
 from export.parity import gap
 from export.runtimes import open_runtime
+from student.backbone import Backbone
 from student.checkpoint import load_student, save_student
 from teacher.errors import UsageError
 from teacher.jobs.licences import LicenceRefusedError
@@ -432,3 +434,21 @@ def test_a_card_that_lies_is_refused(exported, tmp_path):
     onnx.save(model, tmp_path / "less.onnx")
     with pytest.raises(ArtefactError, match=r"its card promises .*\['depth'\]"):
         open_runtime(tmp_path / "less.onnx")
+
+
+def test_a_backbone_that_the_exporter_cannot_translate_is_named(tmp_path, monkeypatch, capsys):
+    checkpoint = make_student(tmp_path / "s.safetensors", tasks=("depth",))
+    name = load_student(checkpoint).config["backbone"]
+    forward = Backbone.forward
+
+    def five_axes(self, image):  # torch answers, its exporter knows four axes only; as in Hiera
+        x = image[None, ..., :8, :8]
+        attention = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return [f + attention.mean() for f in forward(self, image)]
+
+    monkeypatch.setattr(Backbone, "forward", five_axes)
+    assert cli.main(["export", f"checkpoint={checkpoint}", f"out={tmp_path / 'e'}"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"student.backbone={name}: torch's ONNX exporter cannot translate" in told
+    assert "only 4D query" in told and "with another student.backbone=." in told
+    assert not (tmp_path / "e" / "student.onnx").exists() and "Traceback" not in told

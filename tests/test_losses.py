@@ -53,7 +53,8 @@ def test_depth_terms_of_a_constant_factor_are_its_logarithm():
 def test_silog_of_two_values_by_hand():
     error = torch.tensor([0.1, -0.3]).view(1, 1, 1, 2)
     want = math.sqrt((0.01 + 0.09) / 2 - SILOG_LAMBDA * 0.1**2)
-    assert silog(error, torch.ones_like(error, dtype=torch.bool)).item() == pytest.approx(want)
+    known, sure = torch.ones_like(error, dtype=torch.bool), torch.ones_like(error)
+    assert silog(error, known, sure).item() == pytest.approx(want)
 
 
 def test_gradient_matching_of_a_step_counts_it_once_per_scale():
@@ -469,8 +470,8 @@ def test_depth_terms_weighted_by_hand():
     spread = torch.tensor([[0.0, 0.1], [0.71, 0.0]]).expand(2, 1, 2, 2)
     losses = depth_losses(depth_answer(error.exp().expand(2, 1, 2, 2)), target, spread)
     assert losses["depth_l1"].item() == pytest.approx((0.2 + 0.5 * 0.6) / 2, rel=1e-5)
-    mean = (0.2 - math.sqrt(0.5) * 0.6) / 2
-    want = math.sqrt((0.04 + 0.5 * 0.36) / 2 - SILOG_LAMBDA * mean**2)
+    mean = (0.2 - 0.5 * 0.6) / 1.5
+    want = math.sqrt(0.75 * ((0.04 + 0.5 * 0.36) / 1.5 - SILOG_LAMBDA * mean**2))
     assert losses["depth_silog"].item() == pytest.approx(want, rel=1e-5)
     # the one pair of neighbours that teaches: |0.2 + 0.6| by the smaller weight
     assert losses["depth_gradient"].item() == pytest.approx(0.8 * 0.5, rel=1e-5)
@@ -482,6 +483,33 @@ def test_depth_terms_weighted_by_hand():
         answer = depth_answer(target.nan_to_num(nan=1.0)) | {name: maps}
         got = depth_losses(answer, target, spread)[name].item()
         assert got == pytest.approx((each + 0.5 * each) / 2, rel=1e-5)
+
+
+def test_an_error_of_scale_alone_is_discounted_alike_under_any_weights():
+    """Log error 0.5 everywhere, weights of mean 0.5: 0.5 sqrt((1 - lambda) / 2), however spread."""
+    error = torch.full((1, 1, 2, 2), 0.5)
+    known = torch.ones_like(error, dtype=torch.bool)
+    for weights in ([0.5] * 4, [1.0, 0.9, 0.1, 0.0]):
+        weight = torch.tensor(weights).view_as(error)
+        want = 0.5 * math.sqrt((1 - SILOG_LAMBDA) * 0.5)
+        assert silog(error, known, weight).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_the_surface_of_a_depth_known_only_up_to_an_affine_map_is_not_judged():
+    """Its ratios, by which one surface is told from two, mean nothing."""
+    normals = torch.tensor([0.0, 0.6, 0.8]).view(1, 3, 1, 1).repeat(2, 1, 4, 4)
+    batch = {
+        "depth": torch.full((2, 1, 4, 4), 2.0),
+        "depth_space": torch.tensor([0, 1]),
+        "camera_known": torch.tensor([True, True]),
+        "normals": normals,
+        "normals_uncertainty": torch.zeros(2, 1, 4, 4),
+        "focal_px": torch.full((2,), 4.0),
+        "centre_px": torch.full((2, 2), 1.5),
+    }
+    depth = torch.full((2, 1, 4, 4), 2.0).requires_grad_()
+    surface_loss({"depth": depth}, batch)["depth_surface"].backward()
+    assert depth.grad[0].abs().sum() > 0 and depth.grad[1].abs().sum() == 0
 
 
 def test_gradient_matching_by_hand_counts_the_less_sure_of_two_neighbours():

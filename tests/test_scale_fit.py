@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ from analytic_scenes import write_analytic_set
 
 from distill.cli import run_verb
 from distill.fit_student import fit_student
+from distill.run_folder import set_identity
 from distill.scale_fit import (
     fit_affine,
     fit_confidence,
@@ -236,6 +238,29 @@ def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):
         fit_student(**arguments, out=str(tmp_path / "d.pt"))
     truth = of_label_set(LabelSet(tmp_path / "truth").meta)
     assert truth and all(e in fitted.provenance["licences"] for e in truth)
+
+
+def test_a_student_is_not_fitted_to_what_it_learnt_from_nor_in_place_nor_judged_by_one(tmp_path):
+    write_analytic_set(tmp_path / "truth", n=3, height=32, width=48)
+    student = Student(backbone="test_efficientnet", height=32, width=64).eval()
+    save_student(student, tmp_path / "a.safetensors", {})
+    learnt = {"data": [set_identity(LabelSet(tmp_path / "truth"))]}
+    save_student(student, tmp_path / "learnt.safetensors", learnt)
+    one = {"labels": str(tmp_path / "truth"), "checkpoint": str(tmp_path / "a.safetensors")}
+    out = str(tmp_path / "b.safetensors")
+    with pytest.raises(UsageError, match=r"the very images that .*learnt\.safetensors learnt from"):
+        fit_student(**one | {"checkpoint": str(tmp_path / "learnt.safetensors")}, out=out)
+    with pytest.raises(UsageError, match="that is the checkpoint itself"):
+        fit_student(**one, out=str(tmp_path / "." / "a.safetensors"))
+    for limit in (0, -5):
+        with pytest.raises(UsageError, match=f"limit={limit}: expected at least one image"):
+            fit_student(**one, out=out, limit=limit)
+    assert not (tmp_path / "b.safetensors").exists()
+    found = fit_student(**one, out=out, limit=1)
+    assert "depth as it was (too few images: 1, two are needed" in found["summary"]
+    about = load_student(out).provenance["calibration"]
+    json.dumps(about, allow_nan=False)
+    assert about["depth"]["before"] is None and not about["depth"]["kept"]
 
 
 def test_a_limited_fit_sees_the_whole_set_and_metres_must_be_measured(tmp_path, monkeypatch):

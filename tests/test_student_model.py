@@ -126,13 +126,36 @@ def test_presets_keep_their_size(name, millions):
         ({"decoder_stride": 3}, r"stride must be 2 or 4"),
         ({"width": 0}, r"width=0: expected at least 1 px"),
         ({"canonical_focal_px": -3}, r"canonical_focal_px must be positive, got -3"),
+        ({"canonical_focal_px": 0}, r"canonical_focal_px must be positive, got 0"),
         ({"backbone_weights": "/nowhere.safetensors"}, r"no such file"),
+        ({"height": "abc"}, r"student\.height='abc' \(str\): expected a whole number"),
+        ({"height": True}, r"student\.height=True \(bool\): expected a whole number"),
+        ({"decoder_stride": None}, r"student\.decoder_stride=None .*: expected a whole number"),
+        ({"backbone": None}, r"student\.backbone=None \(NoneType\): expected text"),
+        ({"uncertainty": "no"}, r"student\.uncertainty='no' \(str\): expected true or false"),
+        ({"pretrained": "no"}, r"student\.pretrained='no' \(str\): expected true or false"),
+        ({"canonical_focal_px": "wide"}, r"px='wide' \(str\): expected a number or null"),
+        ({"calibration": "abc"}, r"calibration='abc' \(str\): expected a table or null"),
+        ({"tasks": None}, r"student\.tasks=None \(NoneType\): expected a list, .*\[depth\]"),
+        ({"tasks": "depth"}, r"student\.tasks='depth' \(str\): expected a list, .*\[depth\]"),
+        ({"tasks": [1]}, r"\[1\]: expected some of"),
     ],
 )
 def test_impossible_students_are_explained(change, text):
     with pytest.raises(StudentError, match=text) as caught:
         Student(**{**SMALL, **change})
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("stride, near", [(2, (378, 518)), (4, (392, 504))])
+def test_the_size_hinted_at_is_one_that_the_decoder_takes_too(stride, near):
+    values = {"backbone": "vit_small_patch14_dinov2", "decoder_stride": stride}
+    with pytest.raises(StudentError, match="the nearest is") as caught:
+        Student(**values, height=384, width=512)
+    assert str(caught.value).endswith(f"the nearest is height={near[0]} width={near[1]}")
+    assert f"decoder_stride={stride} needs multiples of {14 * stride // 2} px" in str(caught.value)
+    answer = Student(**values, height=near[0], width=near[1]).eval()(torch.rand(1, 3, *near))
+    assert answer["depth"].shape == (1, 1, *near)
 
 
 def test_weights_from_a_local_file_and_never_from_a_pickle(tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from analytic_scenes import write_analytic_set
 
+from teacher.errors import UsageError
+
 ROOT = Path(__file__).parents[1]
 TINY = [
     "student.backbone=test_efficientnet", "student.height=32", "student.width=64",
@@ -44,3 +46,13 @@ def test_optuna_searches_and_goes_on(labels, tmp_path, monkeypatch):
     study = main(["trials=1", *arguments])
     assert len(study.trials) == 3 and study.best_value > 0
     assert (tmp_path / "search" / "trial-2" / "student.safetensors").is_file()
+
+
+def test_a_search_without_held_out_images_says_what_is_missing(tmp_path, monkeypatch):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
+    import optuna_search
+
+    monkeypatch.setattr(optuna_search, "run_verb", lambda *_: {"objective": None})
+    with pytest.raises(UsageError, match=r"val_share=0: found no held-out image.* give trainer\."):
+        optuna_search.main(["trials=1", f"out={tmp_path}/search", "trainer.val_share=0"])

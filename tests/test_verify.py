@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from export.budgets import default_budgets
 from export.onnx_graph import export_student
-from export.report import class_table, score_table
+from export.report import class_table, score_table, worst_first
 from export.verify import spread, verify
 from teacher.errors import UsageError
 from teacher.label import Task
@@ -97,6 +97,33 @@ def test_tables_hold_boundary_f1_and_every_class(work, passed):
     folder = work / "export" / "verify"
     for name in ("report.md", "report.html"):
         assert "IoU of each class" in (folder / name).read_text()
+
+
+def test_the_worst_images_of_every_task_take_turns():
+    """Missed first; then depth's, normals', semantic's, instances' worst, then the second ones."""
+    keys = [*"abcdefgh"]
+    depth, normals = dict(zip(keys, range(8), strict=True)), {"b": 3.0, "c": 9.0, "d": None}
+    right = {"d": 0.1, "h": 0.2, "a": 0.9}
+    rows = [
+        {"key": key, "depth": {"abs_rel": depth[key]}}
+        | ({"normals": {"mean_deg": normals[key]}} if key in normals else {})
+        | ({"semantic": {"pixel_accuracy": right[key]}} if key in right else {})
+        for key in keys
+    ]
+    gaps = [{"a": 0.1, "e": 0.3}, {"a": 0.5, "e": 0.0}]
+    result = {
+        "reference": "student.safetensors",
+        "keys": keys,
+        "findings": [{"image": "f"}, {"image": ""}],
+        "scores": {"student.safetensors": {"truth": {"rows": rows}}},
+        "artefacts": {
+            str(i): {"parity": {"offset": {"rows": {k: {"p999": v} for k, v in table.items()}}}}
+            for i, table in enumerate(gaps)
+        },
+    }
+    assert "".join(worst_first(result)) == "f" + "hcda" + "gbe"
+    depth_only = result | {"artefacts": {"0": {"parity": {}}}, "scores": {}}
+    assert "".join(worst_first(depth_only)) == "fabcdegh"
 
 
 def test_judging_again_runs_nothing_and_agrees(work, passed, monkeypatch):

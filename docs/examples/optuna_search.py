@@ -15,6 +15,7 @@ import optuna
 
 from distill.cli import run_verb
 from distill.module import Diverged
+from teacher.errors import UsageError
 
 
 def main(arguments: list[str]) -> optuna.Study:
@@ -31,7 +32,13 @@ def main(arguments: list[str]) -> optuna.Study:
             "out": out / f"trial-{trial.number}",
         }
         overrides = [f"{k}={v}" for k, v in (options | chosen).items()]
-        return float(run_verb("train", overrides)["objective"])
+        loss = run_verb("train", overrides)["objective"]
+        if loss is None:
+            raise UsageError(
+                f"trainer.val_share={options.get('trainer.val_share')}: found no held-out image, "
+                "expected some, for their loss decides; give trainer.val_share=0.05."
+            )
+        return float(loss)
 
     study = optuna.create_study(
         study_name="distill", storage=f"sqlite:///{out}/study.db", load_if_exists=True
