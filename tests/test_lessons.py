@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from test_train import STUDENT, TRAINER
 
 from distill import capture, conductor
 from distill.capture import replay
+from distill.conductor import Conductor
 from distill.features import TOLERANCE, feature_loss, frozen
-from distill.journal import Journal, judge
+from distill.journal import Journal, judge, validate
 from distill.lesson_report import curve, read_rows, write_report
-from distill.module import Diverged, Lesson, layers_of, parameter_groups
+from distill.module import FP16_GROW, Diverged, Lesson, layers_of, lr_factor, parameter_groups
 from distill.precision import DepthwiseInFloat32
 from distill.start import start_from, told
 from distill.train import train
@@ -92,6 +94,54 @@ def test_half_precision_scales_the_loss_and_an_overflow_costs_one_step(lesson):
     lesson.loss_scale = 1.0
     lesson.set_precision("fp16")  # as a resumed lesson does
     assert lesson.loss_scale == 1.0
+
+
+def test_the_loss_scale_doubles_after_enough_good_steps_and_halves_at_a_bad_one(lesson):
+    def after(count: int, good: bool) -> float:
+        for _ in range(count):
+            lesson._rescale(good)
+        return lesson.loss_scale
+
+    lesson.set_precision("fp16")
+    assert after(FP16_GROW - 1, True) == 2.0**14
+    assert after(1, False) == 2.0**13
+    assert after(FP16_GROW - 1, True) == 2.0**13  # counted anew since the bad one
+    assert after(1, True) == 2.0**14
+    assert after(2 * FP16_GROW, True) == after(FP16_GROW, True) == 2.0**16  # its largest
+    assert after(16, False) == after(1, False) == 1.0  # its smallest
+    lesson.set_precision("bf16")
+    assert after(FP16_GROW, True) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_a_gradient_is_clipped_and_its_norm_is_told_as_it_was(lesson, monkeypatch, share):
+    def norm() -> float:
+        found = [p.grad.norm() for p in lesson.student.parameters() if p.grad is not None]
+        return torch.stack(found).norm().item()
+
+    lesson._backward(batch())
+    before = norm()
+    config = dataclasses.replace(lesson.config, grad_clip=share * before)
+    monkeypatch.setattr(lesson, "config", config)
+    assert lesson._gradient_norm().item() == pytest.approx(before, rel=1e-4)
+    assert norm() == pytest.approx(min(1.0, share) * before, rel=1e-4)
+
+
+def test_the_average_is_what_is_saved_and_what_is_validated(lesson):
+    def numbers() -> dict[str, float]:
+        return validate(lesson, SimpleNamespace(val_batches=lambda: [held], val=[(0, "a")] * 4))[0]
+
+    held = batch() | {"focal_px": torch.full((4,), 50.0), "depth_space": torch.zeros(4).int()}
+    average = {k: v.clone() for k, v in lesson.average.student.state_dict().items()}
+    before = numbers()
+    with torch.no_grad():
+        for parameter in lesson.student.parameters():
+            parameter.fill_(NAN)
+    assert numbers() == before and math.isfinite(before["loss"]) and "abs_rel" in before
+    names = ("trainer", "data", "weights", "features", "init", "licences")
+    Conductor(lesson, None, lesson.folder, dict.fromkeys(names)).save_student()
+    saved = load_student(lesson.folder / conductor.STUDENT).state_dict()
+    assert all(torch.equal(saved[k], v) for k, v in average.items())
 
 
 def test_bf16_on_a_cpu_leaves_depthwise_convolutions_in_float32(lesson):
@@ -214,6 +264,34 @@ def test_layers_are_counted_from_the_stem_and_slow_down_towards_it():
     assert factor[id(named["decoder.where.weight"])] == 1.0
 
 
+def test_weights_decay_and_biases_and_norms_do_not():
+    student = Student(backbone="test_vit", height=32, width=32, tasks=["depth"])
+    extra = torch.nn.Conv2d(3, 2, 1)
+    groups = parameter_groups(student, trainer_config({"weight_decay": 0.3}), extra)
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    named = [*student.named_parameters(), *extra.named_parameters()]
+    assert len(decay) == len(named)
+    for name, p in named:
+        assert decay[id(p)] == (0.3 if p.ndim > 1 else 0.0), name
+    assert {p.ndim for n, p in named if n.endswith("bias") or ".norm" in n} == {1}
+
+
+def test_every_step_gives_each_group_its_share_of_the_scheduled_rate(lesson, monkeypatch):
+    slow = {"layer_decay": 0.5, "backbone_lr_factor": 0.2}
+    monkeypatch.setattr(lesson, "config", dataclasses.replace(lesson.config, **slow))
+    optimizer = lesson.configure_optimizers()
+    monkeypatch.setattr(lesson, "optimizers", lambda: optimizer)
+    group = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    named = dict(lesson.student.named_parameters())
+    layers = layers_of([n for n in named if n.startswith("backbone.")])
+    for step in range(3):
+        peak = 1e-3 * lr_factor(step=step, progress=step / TRAINER["steps"], warmup_steps=2)
+        lesson.training_step(batch(), step)
+        for name, p in named.items():
+            share = 0.2 * 0.5 ** (max(layers.values()) - layers[name]) if name in layers else 1.0
+            assert group[id(p)]["lr"] == pytest.approx(share * peak), name
+
+
 def test_patience_ends_the_lesson_with_the_best_student(labels, tmp_path, monkeypatch):
     real, losses = conductor.validate, [3.0, 1.0, 2.0, 1.0, 5.0]
 
@@ -255,6 +333,16 @@ def test_the_feature_losses_gradient_is_exact():
     near = (near + 0.01 * torch.randn_like(near)).requires_grad_()
     loss = feature_loss(near, aim)
     assert loss.item() == 0 and (torch.autograd.grad(loss, near)[0] == 0).all()
+
+
+def test_features_are_aimed_at_the_picture_before_it_was_changed(lesson, tmp_path, monkeypatch):
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    lesson.learn_features({"name": "test_vit", "weights": str(tmp_path / "vit.safetensors")})
+    real, seen = lesson.features.aim, []
+    monkeypatch.setattr(lesson.features, "aim", lambda x: real(seen.append(x) or x))
+    whole = batch() | {"clean": torch.rand(4, 3, 32, 64)}
+    lesson._backward(whole)
+    assert len(seen) == 2 and torch.equal(torch.cat(seen), whole["clean"])
 
 
 def killed_and_resumed(arguments, out, monkeypatch, *, look=lambda lesson: None) -> None:
