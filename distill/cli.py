@@ -19,11 +19,11 @@ import sys
 import textwrap
 import threading
 import traceback
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
+
+from student.kinds import wrong_kind
 
 # verb -> (module, function, what it does). The one place that names export's verbs.
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -135,43 +135,13 @@ def raise_for_unknown_key(verb: str, overrides: Sequence[str]) -> None:
             node = node.get(part) if isinstance(node, dict) else None
 
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
 def raise_for_wrong_kind(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """Name a value that is not what the verb's signature says; tables are the verb's to check."""
     from teacher.errors import UsageError
 
-    for key, kind in typing.get_type_hints(function).items():
-        if key in values and not _is_of(values[key], kind):
-            found = f"{values[key]!r} ({type(values[key]).__name__})"
-            raise UsageError(f"{key}={found}: expected {_in_words(key, kind)}.")
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_of(value, one) for one in inside)
-    if kind is Any or kind is types.NoneType:
-        return kind is Any or value is None
-    if origin in (dict, Mapping):
-        return isinstance(value, dict)
-    if origin in (list, Sequence):
-        return isinstance(value, list) and all(_is_of(v, inside[0]) for v in value)
-    if isinstance(value, bool) and kind is not bool:
-        return False
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _in_words(key: str, kind: Any) -> str:
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_in_words(key, one) for one in inside)
-    if origin in (dict, Mapping):
-        return f"a table, as in {key}={{name: value}}"
-    if origin in (list, Sequence):
-        return f"a list, as in {key}=[..., ...], each {_in_words(key, inside[0])}"
-    return "null" if kind is types.NoneType else KINDS.get(kind, "a value")
+    wrong = wrong_kind(function, values)
+    if wrong is not None:
+        raise UsageError(wrong)
 
 
 def run_verb(verb: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from distill.masked import global_sum, world
 from student.backbone import Backbone
+from student.kinds import wrong_kind
 from student.model import Student
 from teacher.errors import UsageError
 from teacher.jobs.licences import read_ledger
 
 MINI = "mini"
-# key -> kinds, and their words
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "name": ((str,), "text"),
-    "weights": ((str, NoneType), "text or null"),
-    "pretrained": ((bool,), "true or false"),
-    "weight": ((int, float), "a number"),
-}
 TOLERANCE = 0.85  # a cosine above it is near enough (Depth Anything, section 3.4)
+
+
+class Source(TypedDict, total=False):
+    """A frozen network: a `timm` name or "mini"; a local file; what its loss counts."""
+
+    name: str
+    weights: str | None
+    pretrained: bool
+    weight: float
 
 
 class TimmFeatures(nn.Module):
@@ -89,15 +91,9 @@ class MiniFeatures(nn.Module):
 def frozen(source: dict[str, Any], *, height: int, width: int) -> TimmFeatures | MiniFeatures:
     """The frozen network of ``source``: ``name`` (a `timm` name, or "mini"), ``weights`` (a local
     file), ``pretrained``."""
-    for key, (kinds, words) in KINDS.items():
-        value = source.get(key)
-        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
-        if key in source and wrong:
-            found = f"{value!r} ({type(value).__name__})"
-            raise UsageError(f"features.{key}={found}: expected {words}")
-    weight = source.get("weight", 1.0)
-    if not 0 <= weight < math.inf:
-        raise UsageError(f"features.weight={weight}: expected a finite number of at least 0")
+    wrong = wrong_kind(Source, source, where="features.")
+    if wrong is not None:
+        raise UsageError(wrong)
     name, weights = source["name"], source.get("weights") or ""
     if weights and not Path(weights).is_file():
         raise UsageError(f"features.weights={weights!r}: no such file")
@@ -125,6 +121,9 @@ class FeatureLoss(nn.Module):
         # in a tuple: frozen weights are no part of the state
         self.teacher = (frozen(source, **size),)
         self.weight = float(source.get("weight", 1.0))
+        if not 0 <= self.weight < math.inf:
+            found = f"features.weight={source['weight']}"
+            raise UsageError(f"{found}: expected a finite number of at least 0")
         strides = student.backbone.strides
         aim = self.teacher[0].stride
         self.level = min(range(len(strides)), key=lambda i: (abs(strides[i] - aim), -i))

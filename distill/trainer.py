@@ -9,6 +9,7 @@ from typing import Any
 
 from distill.augment import MODES
 from distill.precision import PRECISIONS
+from student.kinds import wrong_kind
 from teacher.errors import UsageError
 
 OPTIMIZERS = ("adamw", "muon")
@@ -75,21 +76,17 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, by name."""
-        for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            kinds = (float, int) if isinstance(default, float) else type(default)
-            if field.name not in ("minutes", "patience") and not _is(value, kinds):
-                raise UsageError(
-                    f"trainer.{field.name}={value!r}: expected a value like {default!r}"
-                )
+        wrong = wrong_kind(TrainerConfig, vars(self), where="trainer.")
+        if wrong is not None:
+            raise UsageError(wrong)
         whole = ("steps", "batch_size", "accumulate", "devices", "val_every", "checkpoint_every")
         for name in (*whole, "bad_steps_limit", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"trainer.{name}={getattr(self, name)}: expected at least 1")
         minutes, patience = self.minutes, self.patience
-        if minutes is not None and not (_is(minutes, (float, int)) and minutes > 0):
+        if minutes is not None and not minutes > 0:
             raise UsageError(f"trainer.minutes={minutes!r}: expected more than 0, or null")
-        if patience is not None and not (_is(patience, int) and patience > 0):
+        if patience is not None and not patience > 0:
             raise UsageError(f"trainer.patience={patience!r}: expected at least 1, or null")
         if patience is not None and self.val_share == 0:
             raise UsageError("trainer.patience needs held-out images; set trainer.val_share")
@@ -126,11 +123,6 @@ class TrainerConfig:
                 "x the processes that share a batch (trainer.devices, torchrun) = "
                 f"{self.accumulate} x {self.devices}"
             )
-
-
-def _is(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    """`isinstance`, but true and false are no numbers."""
-    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def trainer_config(values: dict[str, Any]) -> TrainerConfig:

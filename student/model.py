@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import NoneType
 from typing import Any
 
 import torch
@@ -19,37 +18,17 @@ from student.decoder import Decoder
 from student.depth_heads import DEPTH_HEADS
 from student.dpt import DptDecoder
 from student.heads import InstancesHead, NormalsHead, SemanticHead
+from student.kinds import wrong_kind
 
 TASKS = ("depth", "normals", "semantic", "instances")
 NEAREST = 1e-3  # canonical metres that a calibrated depth cannot go below
 LARGEST = {"depth_uncertainty": 20.0, "normals_uncertainty": 180.0}
 DECODERS = {"fpn": Decoder, "dpt": DptDecoder}
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("backbone", "decoder", "depth_head"), ((str,), "text")),
-    **dict.fromkeys(
-        ("backbone_weights", "backbone_licence"), ((str, NoneType), 'text, "" for none')
-    ),
-    **dict.fromkeys(
-        ("height", "width", "decoder_channels", "decoder_stride"), ((int,), "a whole number")
-    ),
-    **dict.fromkeys(("uncertainty", "pretrained"), ((bool,), "true or false")),
-    "tasks": ((list, tuple), "a list, e.g. [depth]"),
-    "canonical_focal_px": ((int, float, NoneType), "a number or null"),
-    "calibration": ((Mapping, NoneType), "a table or null"),
-}
 
 
 def assumed_focal_px(height: int, width: int) -> float:
     """Focal length of a 60 degree view across the longer side: the default canonical camera."""
     return max(height, width) / 2 / math.tan(math.radians(60) / 2)
-
-
-def _raise_for_wrong_kind(values: Mapping[str, Any]) -> None:
-    for name, (kinds, words) in KINDS.items():
-        value = values[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            found = f"{value!r} ({type(value).__name__})"
-            raise StudentError(f"student.{name}={found}: expected {words}")
 
 
 def _class_table(classes: Mapping[Any, str] | None) -> dict[str, str]:
@@ -104,11 +83,13 @@ class Student(nn.Module):
         uncertainty: bool = True,
         calibration: Mapping[str, Sequence[float]] | None = None,
         pretrained: bool = False,
-        backbone_weights: str = "",
-        backbone_licence: str = "",
+        backbone_weights: str | None = "",
+        backbone_licence: str | None = "",
     ) -> None:
         """Build the network; see the class for the arguments."""
-        _raise_for_wrong_kind(locals())
+        wrong = wrong_kind(type(self).__init__, locals(), where="student.")
+        if wrong is not None:
+            raise StudentError(wrong)
         super().__init__()
         focal_px = canonical_focal_px
         if focal_px is None:
