@@ -15,15 +15,13 @@ from export.bench_report import points, short
 from export.benchmark import (
     accuracy,
     bench,
-    conditions,
     find_entrants,
     measure,
-    others_running,
     race,
     ratios,
     refuse_all_too_large,
-    same_conditions,
 )
+from export.conditions import conditions, others_running, same_conditions
 from export.runtimes import open_runtime
 from teacher.errors import EnvironmentFailure, UsageError
 from teacher.store import hash_file

@@ -325,7 +325,7 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
         ({"trainer": {**TRAINER, "stepss": 3}}, "trainer: no key stepss; the keys are steps, "),
         (
             {"trainer": {**TRAINER, "steps": "many"}},
-            "steps='many' (str): expected a whole number",
+            "trainer.steps='many' (str): expected a whole number",
         ),
         ({"trainer": {**TRAINER, "lr": -1.0}}, "trainer.lr=-1.0: expected more than 0"),
         ({"trainer": {**TRAINER, "precision": "fp8"}}, "expected one of auto, fp32, bf16, fp16"),

@@ -12,7 +12,8 @@ from onnx import helper, numpy_helper
 
 from export.budgets import default_budgets
 from export.onnx_graph import export_student
-from export.report import class_table, score_table, worst_first
+from export.report import class_table, score_table
+from export.report_pictures import worst_first
 from export.verify import spread, verify
 from teacher.errors import UsageError
 from teacher.label import Task
