@@ -238,7 +238,7 @@ def main() -> None:
                 print(f"set {number} {task} {measure}: {name} - {FIRST[0]} = "
                       f"{gain[0]:+.4f} [{gain[1]:+.4f}, {gain[2]:+.4f}]")  # fmt: skip
     stored = {"/".join(map(str, key)): value for key, value in rows.items()}
-    (out / f"{'-'.join(groups)}.json").write_text(json.dumps(stored))
+    (out / f"{'-'.join(groups) or FIRST[0]}.json").write_text(json.dumps(stored))
 
 
 if __name__ == "__main__":
