@@ -185,7 +185,8 @@ def depth_losses(
     weight = label_weight("depth", label_uncertainty)
     if space is None:
         space = torch.zeros(len(target), dtype=torch.int64, device=target.device)
-    metric = (space == 0).view(-1, 1, 1, 1)
+    affine = space != 0
+    metric = ~affine.view(-1, 1, 1, 1)
     teaches = known & reliable("depth", label_uncertainty)
     told = ~torch.isnan(target)
     is_sky = torch.isposinf(target).to(error.dtype)
@@ -195,7 +196,9 @@ def depth_losses(
     losses = {
         "depth_silog": silog(error, by_claim, weight),
         "depth_gradient": gradient_matching(error, by_claim, weight),
-        "depth_affine": affine_invariant(answer["depth"], target, teaches & ~metric, weight, space),
+        "depth_affine": affine_invariant(
+            *(v[affine] for v in (answer["depth"], target, teaches, weight, space))
+        ),
         "sky": masked_mean(cross, told),
     }
     if "depth_bins" in answer:
