@@ -85,10 +85,12 @@ def _checked(task: Task, values: np.ndarray, frame: Frame) -> tuple[np.ndarray, 
         bad = values <= 0
         return np.where(bad, np.nan, values), int(bad.sum())
     if task is Task.NORMALS:
-        nan = np.isnan(values)
-        length = np.sqrt((values.astype(np.float64) ** 2).sum(-1))
-        bad = ~nan.all(-1) & ~(np.abs(length - 1) <= 0.05)
-        return np.where(bad[..., None], np.nan, values), int(bad.sum())
+        x, y, z = np.moveaxis(values, -1, 0)
+        with np.errstate(over="ignore"):
+            length = np.sqrt(x * x + y * y + z * z)
+        bad = ~(np.abs(length - 1) <= 0.05) & ~(np.isnan(x) & np.isnan(y) & np.isnan(z))
+        count = int(bad.sum())
+        return np.where(bad[..., None], np.nan, values) if count else values, count
     if task is Task.SEMANTIC:
         bad = ~np.isin(values, frame.class_ids) & (values != unknown_class(values.dtype))
         return np.where(bad, unknown_class(values.dtype), values).astype(values.dtype), int(
@@ -163,7 +165,7 @@ def _targets(
         normals = np.full((*size, 3), np.nan, np.float32)
         if values is not None:
             normals = window.labels(values, np.nan).astype(np.float32)
-            normals /= np.sqrt((normals**2).sum(-1, keepdims=True))
+            normals /= np.sqrt(np.einsum("hwc,hwc->hw", normals, normals))[..., None]
         normals = mirrored_normals(normals) if mirror else normals
         out = normals.transpose(2, 0, 1)
     elif task == "depth":

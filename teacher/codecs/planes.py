@@ -11,6 +11,7 @@ Every code point has a meaning, and the range stands in the file (PNG text chunk
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
@@ -48,10 +49,17 @@ def quantise(values: np.ndarray, *, low: float, high: float, scale: str) -> np.n
 
 def dequantise(codes: np.ndarray, *, low: float, high: float, scale: str) -> np.ndarray:
     """The inverse of `quantise`: uint16 codes -> float32."""
+    return _values_of_codes(low, high, scale)[codes]
+
+
+@functools.lru_cache(maxsize=32)  # 256 KiB each; all planes of a set but odd depths share theirs
+def _values_of_codes(low: float, high: float, scale: str) -> np.ndarray:
     t = (np.arange(TOP + 2, dtype=np.float64) - 1) / (TOP - 1)
     table = low * np.exp(t * math.log(high / low)) if scale == "log" else low + t * (high - low)
     table[0], table[SKY] = np.nan, np.inf
-    return table.astype(np.float32)[codes]
+    table = table.astype(np.float32)
+    table.flags.writeable = False
+    return table
 
 
 def _png(image: Image.Image, text: dict[str, str], **deflate: int) -> bytes:
@@ -93,7 +101,7 @@ def decode_plane(name: str, data: bytes) -> np.ndarray:
         return array
     if name == "normals":
         normals = array.astype(np.float32) / 127.5 - 1
-        normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-        normals[(array == 0).all(-1)] = np.nan
+        normals /= np.sqrt(np.einsum("hwc,hwc->hw", normals, normals))[..., None]
+        normals[(array[..., 0] | array[..., 1] | array[..., 2]) == 0] = np.nan
         return normals
     return dequantise(array, low=float(text["low"]), high=float(text["high"]), scale=text["scale"])
