@@ -3,7 +3,7 @@
 When loss or gradient is not finite, the batch, the weights and the norms' statistics as they were
 before the step are written to ``bad-step-NUMBER.safetensors`` (the first few per run). Layout:
 tensors ``student.*`` and ``batch.*``; metadata ``format`` and ``facts`` (JSON: the student's
-configuration, step, torch seed, precision). Not kept: a feature teacher.
+configuration, step, torch seed, precision, passes). Not kept: a feature teacher.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def save_capture(
 ) -> Path | None:
     """Write a bad step, unless the run's folder holds enough others; returns the file.
 
-    ``statistics``: the student's buffers by name before the step; ``facts``: step, seed, precision.
+    ``statistics``: the student's buffers by name before the step; ``facts``: step, seed, precision,
+    accumulate.
     """
     name = f"bad-step-{facts['step']:07d}"
     others = {p.name[: len(name)] for p in folder.glob("bad-step-*.safetensors")} - {name}
@@ -60,7 +61,7 @@ def replay(path: str | Path) -> dict[str, Any]:
     """Run a captured step again, on the CPU.
 
     Returns:
-        ``step``; ``losses``: every term; ``not_finite``: names of the losses, answers, inputs and
+        ``step``; ``losses``: every term, mean of the passes; ``not_finite``: names of the losses, answers, inputs and
         gradients that are not finite (unknown labels are NaN and do not count).
 
     Raises:
@@ -80,12 +81,22 @@ def replay(path: str | Path) -> dict[str, Any]:
     batch = _part(tensors, "batch.")
     torch.manual_seed(facts["seed"])
     DepthwiseInFloat32.within(student, facts["precision"], "cpu")
-    with autocast(facts["precision"], "cpu"):
-        answer = student.train()(batch["image"])
-    losses = all_losses({k: v.float() for k, v in answer.items()}, batch)
-    losses["total"].backward()
-    seen: dict[str, Tensor] = {f"loss {k}": v for k, v in losses.items()}
-    seen |= {f"answer {k}": v for k, v in answer.items()}
+    student.train()
+    passes = facts.get("accumulate", 1)
+    share = len(batch["image"]) // passes
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for part in range(passes):  # as in `Lesson`
+        piece = {k: v[part * share : (part + 1) * share] for k, v in batch.items()}
+        with autocast(facts["precision"], "cpu"):
+            answer = student(piece["image"])
+        losses = all_losses({k: v.float() for k, v in answer.items()}, piece)
+        (losses["total"] / passes).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() / passes
+        where = f", pass {part + 1}" if passes > 1 else ""
+        seen |= {f"loss {k}{where}": v for k, v in losses.items()}
+        seen |= {f"answer {k}{where}": v for k, v in answer.items()}
     seen |= {f"batch {k}": v for k, v in batch.items() if k in ("image", "focal_px", "centre_px")}
     for name, parameter in student.named_parameters():
         seen[f"weight {name}"] = parameter
@@ -93,7 +104,7 @@ def replay(path: str | Path) -> dict[str, Any]:
             seen[f"gradient {name}"] = parameter.grad
     return {
         "step": facts["step"],
-        "losses": {k: float(v.detach()) for k, v in losses.items()},
+        "losses": {k: float(v) for k, v in sums.items()},
         "not_finite": [k for k, v in seen.items() if not torch.isfinite(v).all()],
     }
 

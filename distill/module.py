@@ -52,13 +52,15 @@ def layers_of(names: list[str]) -> dict[str, int]:
     """Parameter name -> number of its layer, in order; a layer ends with the last whole number.
 
     ``net.blocks.3.attn.qkv.weight`` belongs to ``net.blocks.3``; what comes before the first such
-    layer is layer 0, what comes after the last one belongs to the last.
+    layer is layer 0, what comes after the last one belongs to the last. The parts of a
+    ``downsample`` are no layers: they belong to their block, or to what stands before them.
     """
     found: dict[str, int] = {}
     order: list[str] = []
     for name in names:
         parts = name.split(".")
-        at = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        at = max((i for i in numbers if parts[i - 1] != "downsample"), default=-1)
         layer = ".".join(parts[: at + 1])
         if layer and layer not in order:
             order.append(layer)
@@ -72,8 +74,14 @@ def parameter_groups(
     """Parameters by learning rate and weight decay.
 
     The backbone's rate falls by ``layer_decay`` per layer from its end to its beginning (Clark et
-    al. 2020, "ELECTRA", section A; Bao et al. 2022, "BEiT"); ``extra`` counts as a head.
+    al. 2020, "ELECTRA", section A; Bao et al. 2022, "BEiT"); ``extra`` counts as a head. Vectors
+    do not decay, nor does what `timm` exempts by name (position embeddings, class tokens).
     """
+    exempt = {
+        f"{owner}.{name}"
+        for owner, part in student.named_modules()
+        for name in getattr(part, "no_weight_decay", set)()
+    }
     named = list(student.named_parameters())
     layers = layers_of([n for n, _ in named if n.startswith("backbone.")])
     last = max(layers.values(), default=0)
@@ -82,7 +90,7 @@ def parameter_groups(
         factor = 1.0
         if name in layers:
             factor = config.backbone_lr_factor * config.layer_decay ** (last - layers[name])
-        decay = config.weight_decay if p.ndim > 1 else 0.0
+        decay = config.weight_decay if p.ndim > 1 and name not in exempt else 0.0
         groups.setdefault((factor, decay), []).append(p)
     return [
         {"params": params, "weight_decay": decay, "factor": factor}
@@ -271,7 +279,12 @@ class Lesson(L.LightningModule):
     def _capture(self, batch: dict[str, Tensor], statistics: dict[str, Tensor], seed: int) -> None:
         if self.folder is None:
             return
-        facts = {"step": self.step_number + 1, "seed": seed, "precision": self.precision_name}
+        facts = {
+            "step": self.step_number + 1,
+            "seed": seed,
+            "precision": self.precision_name,
+            "accumulate": self.config.accumulate,
+        }
         suffix = f"-process{rank()}" if rank() else ""
         save_capture(self.folder, self.student, batch, statistics, facts, suffix=suffix)
 

@@ -31,7 +31,7 @@ class TrainerConfig:
         lr: its peak learning rate.
         backbone_lr_factor: times ``lr`` for the backbone; below 1 when it starts pretrained.
         layer_decay: and times this for every layer of the backbone further from its end.
-        weight_decay: on matrices and kernels, not on biases and norms.
+        weight_decay: on matrices and kernels, not on biases, norms and position embeddings.
         warmup_steps: linear warm-up, then a cosine down to a hundredth.
         grad_clip: largest norm of the gradient; larger ones are scaled down.
         ema_decay: of the weights' moving average, which is what is saved as the student.
