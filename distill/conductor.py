@@ -148,7 +148,9 @@ class Conductor(L.Callback):
         better = self.lesson.note_validation(self.numbers["loss"])
         if better and self.lesson.config.patience is not None:
             self.save_student(BEST)
-        write_report(self.folder, self.identity, worst=self.worst)
+        write_report(
+            self.folder, self.identity, worst=self.worst, skipped=self.lesson.skipped
+        )
 
     def checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         """State first, then the student: each whole at any moment."""
@@ -192,7 +194,9 @@ class Conductor(L.Callback):
             write_atomic(self.folder / STUDENT, best.read_bytes())
             self.numbers = load_student(best).provenance["validation"]
         result = self._result()
-        write_report(self.folder, self.identity, worst=self.worst, result=result)
+        write_report(
+            self.folder, self.identity, worst=self.worst, skipped=lesson.skipped, result=result
+        )
         return result
 
     def _result(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A student is fitted to truth by constants of its own graph; a teacher's part is 
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from distill.run_folder import set_identity
 from distill.samples import Frame, compact, make_sample
 from distill.scale_fit import Fit, Pair, fit_confidence, fit_scale, fit_uncertainty
-from student.checkpoint import load_student, save_student
+from student.checkpoint import load_student, save_student, write_atomic
 from student.model import Student
 from teacher.calibrate import calibrate as calibrate_teacher
 from teacher.errors import UsageError
@@ -68,7 +69,8 @@ def fit_student(
         checkpoint: a ``student.safetensors``; may be the result of an earlier fit, which is undone.
         labels: label set with the truth (dense or a few points) of images it has not learnt from;
             its licences join those of the student.
-        out: the new ``student.safetensors``.
+        out: the new ``student.safetensors``; what is returned stands beside it in
+            ``OUT.calibration.json`` (OUT less its suffix) too.
         limit: at most so many images, evenly spread; None: all.
 
     Returns:
@@ -140,7 +142,10 @@ def fit_student(
         f"{fit.before:.3g} -> {fit.after:.3g}"
         for task, fit in sure.items()
     )
-    return {"summary": f"{out}: {shown}", "images": len(keys), **about}
+    result = {"summary": f"{out}: {shown}", "images": len(keys), **about}
+    beside = Path(out).with_suffix(".calibration.json")
+    write_atomic(beside, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
+    return result
 
 
 def _shown(name: str, fit: Fit[Any]) -> str:

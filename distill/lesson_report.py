@@ -180,6 +180,7 @@ def write_report(
     identity: Mapping[str, Any],
     *,
     worst: Sequence[Mapping[str, Any]],
+    skipped: int,
     result: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``report.html`` from a run's logs.
@@ -188,12 +189,12 @@ def write_report(
         folder: the run's folder, with ``metrics.csv`` and ``validation.csv``.
         identity: what the run is (`distill.train`).
         worst: cases of the last validation (`distill.journal.validate`).
+        skipped: steps that were not finite so far.
         result: of a finished run.
     """
     last = (read_rows(folder / "metrics.csv") or [{}])[-1]
     done = int(last.get("step", 0))
     state = result["summary"] if result else f"step {done} of {identity['trainer']['steps']}"
-    skipped = int(result["skipped"]) if result else 0
     warning = f'<p class="bad">{skipped} step(s) skipped, not finite.</p>' if skipped else ""
     numbers = _table(result["validation"]) if result else ""
     body = (

@@ -212,9 +212,8 @@ def _lessons(
 
 def _build(student: dict[str, Any], sets: Sequence[LabelSet]) -> Student:
     """The student asked for, on the tasks that the label sets have."""
-    known = [
-        n for n in inspect.signature(Student.__init__).parameters if n not in ("self", "classes")
-    ]
+    ours = ("self", "classes", "calibration")  # what the label sets say, and `distill calibrate`
+    known = [n for n in inspect.signature(Student.__init__).parameters if n not in ours]
     unknown = sorted(set(student) - set(known))
     if unknown:
         raise UsageError(f"student: no key {', '.join(unknown)}; the keys are {', '.join(known)}")

@@ -127,6 +127,18 @@ def readiness_rows(result: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def sections(result: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
+    """Title and table of all that there is to tell: a student alone has no artefact's tables."""
+    every = [
+        ("Scores: teacher, student and artefacts under one ruler", score_table(result)),
+        ("IoU of each class", class_table(result)),
+        ("Artefacts against the torch student, and against themselves", parity_table(result)),
+        ("Where they lose most: edges, far, dark, and single images", strata_rows(result)),
+        ("Would TensorRT take the graphs (published operator tables)", readiness_rows(result)),
+    ]
+    return [(title, rows) for title, rows in every if len(rows) > 1]
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables and findings as Markdown."""
 
@@ -134,20 +146,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines = ["| " + " | ".join(r) + " |" for r in rows]
         return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
-    parts = [
-        f"# Verification of {result['export']}",
-        result["summary"],
-        "## Scores, teacher to artefact, one ruler",
-        table(score_table(result)),
-        "## Artefacts against the torch student",
-        table(parity_table(result)),
-        "## Where they lose most: edges, far, dark, and single images",
-        table(strata_rows(result)),
-        "## Would TensorRT take the graphs (published operator tables)",
-        table(readiness_rows(result)),
-    ]
-    if classes := class_table(result):
-        parts[4:4] = ["## IoU of each class", table(classes)]
+    parts = [f"# Verification of {result['export']}", result["summary"]]
+    for title, rows in sections(result):
+        parts += [f"## {title}", table(rows)]
     if result["findings"]:
         parts += ["## Missed budgets", "\n".join(f"- {f['text']}" for f in result["findings"])]
     protocol = ", ".join(f"{k} {v}" for k, v in result["protocol"].items())
@@ -194,7 +195,9 @@ def html(result: Mapping[str, Any], judge: Judge) -> str:
     findings = "".join(f"<li>{escape(f['text'])}</li>" for f in result["findings"])
     keys = worst_first(result)[:PICTURED_IMAGES]
     images = "".join(image_section(key, result, judge) for key in keys)
-    classes = class_table(result)
+    tables = "".join(
+        f"<h2>{escape(title)}</h2>{_html_table(rows)}\n" for title, rows in sections(result)
+    )
     runs = "".join(
         f"<li>{escape(n)}: {escape(str(r.get('runtime', r.get('error'))))}, sha256 "
         f"{r['sha256'][:16]}…</li>"
@@ -206,15 +209,7 @@ def html(result: Mapping[str, Any], judge: Judge) -> str:
 <title>distill verify: {escape(result["export"])}</title><style>{STYLE}</style></head><body>
 <h1>Verification of {escape(result["export"])}</h1>
 <p class="verdict{bad}">{escape(result["summary"])}</p>
-<h2>Scores: teacher, student and artefacts under one ruler</h2>{_html_table(score_table(result))}
-{f"<h2>IoU of each class</h2>{_html_table(classes)}" if classes else ""}
-<h2>Artefacts against the torch student, and against themselves</h2>
-{_html_table(parity_table(result))}
-<h2>Where they lose most: edges, far, dark, and single images</h2>
-{_html_table(strata_rows(result))}
-<h2>Would TensorRT take the graphs (published operator tables)</h2>
-{_html_table(readiness_rows(result))}
-{f"<h2>Missed budgets</h2><ul>{findings}</ul>" if findings else ""}
+{tables}{f"<h2>Missed budgets</h2><ul>{findings}</ul>" if findings else ""}
 <h2>Pictures: {len(keys)} of {len(result["keys"])} images, worst first</h2>
 <p><small>Depth and normals: black is unknown, white is sky. Errors and differences: grey is
 unknown.</small></p>{images}

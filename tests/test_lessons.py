@@ -586,6 +586,25 @@ def test_a_curve_is_drawn_to_scale_and_skips_what_is_not_finite():
     assert curve(long, ["a"], title="long").count(",") < 900
 
 
+def test_the_report_of_a_lesson_that_goes_on_tells_of_skipped_steps(labels, tmp_path, monkeypatch):
+    seen, real = [], conductor.write_report
+
+    def told(*given, **facts):
+        seen.append((facts["skipped"], "result" in facts))
+        return real(*given, **facts)
+
+    monkeypatch.setattr(conductor, "write_report", told)
+    norms = iter([1.0, NAN, NAN, *[1.0] * 9])
+    monkeypatch.setattr(Lesson, "_gradient_norm", lambda lesson: torch.tensor(next(norms)))
+    train(
+        data=labels,
+        out=str(tmp_path / "run"),
+        student={**STUDENT, "tasks": ["depth"]},
+        trainer={**SHORT, "val_every": 2, "steps": 5},
+    )
+    assert seen == [(1, False), (2, False), (2, False), (2, True)]  # at 2, 4, 5 and the end
+
+
 def test_the_report_shows_curves_and_the_worst_cases_and_needs_no_network(labels, tmp_path):
     trainer = {**SHORT, "val_share": 0.4}
     out = tmp_path / "run"
@@ -600,8 +619,9 @@ def test_the_report_shows_curves_and_the_worst_cases_and_needs_no_network(labels
         assert "boundary_f1" in next(csv.reader(file))
     Path(out / "metrics.csv").write_text("step,total\n")
     identity = {"student": {}, "trainer": {"steps": 3}, "data": []}
-    write_report(out, identity, worst=[], result=None)
-    assert "step 0 of 3" in (out / "report.html").read_text()
+    write_report(out, identity, worst=[], skipped=2)
+    page = (out / "report.html").read_text()
+    assert "step 0 of 3" in page and "2 step(s) skipped, not finite" in page
     assert np.isnan(read_rows(out / "absent.csv") or [NAN]).all()
 
 
@@ -615,6 +635,9 @@ def test_a_student_alone_is_judged_before_any_export(labels, tmp_path):
     result = verify(export=made["student"], labels=labels, out=str(tmp_path / "verify"), limit=3)
     assert result["exit"] == 0 and result["findings"] == []
     (scores,) = result["scores"]["student.safetensors"].values()
+    for name in ("report.html", "report.md"):  # no table of artefacts that are not there
+        page = (tmp_path / "verify" / name).read_text()
+        assert "boundary F1" in page and "Artefacts against" not in page and "TensorRT" not in page
     mean = scores["mean"]
     assert {"delta1", "abs_rel", "boundary_f1"} <= set(mean["depth"]) & set(mean["depth_aligned"])
     assert mean["depth"]["images"] == 3 and mean["normals"]["mean_deg"] > 0

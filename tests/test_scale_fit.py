@@ -225,6 +225,7 @@ def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):
     arguments = {"labels": str(tmp_path / "truth"), "checkpoint": str(tmp_path / "a.safetensors")}
     first = fit_student(**arguments, out=str(tmp_path / "b.safetensors"))
     fitted = load_student(tmp_path / "b.safetensors")
+    assert json.loads((tmp_path / "b.calibration.json").read_text()) == first
     assert first["images"] == 8 and first["depth"]["after"] <= first["depth"]["before"] + 1e-9
     assert fitted.provenance["steps"] == 3
     assert fitted.provenance["calibration"]["depth"] == first["depth"]

@@ -335,6 +335,7 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
         ),
         ({"trainer": {**TRAINER, "batch_size": 4, "accumulate": 4, "devices": 2}}, "= 4 x 2"),
         ({"student": {**STUDENT, "decodr": 3}}, "student: no key decodr; the keys are backbone"),
+        ({"student": {**STUDENT, "calibration": {}}}, "student: no key calibration; the keys are"),
         ({"student": {"backbone": "test_resnet"}}, "student: height and width must be given"),
         ({"trainer": {**TRAINER, "augment": "wild"}}, "one of strong, geometry, none"),
         ({"trainer": {**TRAINER, "optimizer": "sgd"}}, "optimizer='sgd': expected one of adamw, m"),
