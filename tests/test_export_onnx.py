@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
+import yaml
 from export_cases import CLASSES, HEIGHT, WIDTH, hand_made, make_labels, make_student, picture
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 
 from distill import cli
 from export import onnx_files
@@ -26,6 +29,7 @@ from export.parity import gap
 from export.runtimes import open_runtime
 from student.backbone import Backbone
 from student.checkpoint import load_student, save_student
+from student.model import Student
 from teacher.errors import UsageError
 from teacher.jobs.licences import LicenceRefusedError
 
@@ -73,6 +77,50 @@ def test_inputs_outputs_and_first_node(exported):
     }
     assert model.graph.node[0].op_type == "Cast"
     assert [o.version for o in model.opset_import if o.domain == ""] == [18]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, height, width, licence",
+    [
+        ("vit_small_patch14_dinov2", 56, 84, "apache-2.0"),
+        ("vit_small_patch16_dinov3", 64, 96, "dinov3-license"),
+        ("vit_xsmall_patch16_clip_224", 64, 96, "mit"),
+    ],
+)
+def test_the_preset_base_takes_foundation_weights_to_the_graph(
+    tmp_path, name, height, width, licence
+):
+    """Of each family a file in `timm`'s layout: taken whole, positions baked, exported, equal."""
+    torch.manual_seed(5)
+    whole = timm.create_model(name, num_classes=0)
+    weights = tmp_path / "backbone.safetensors"
+    save_file({k: v.contiguous() for k, v in whole.state_dict().items()}, weights)
+    preset = yaml.safe_load((Path(__file__).parents[1] / "conf/student/base.yaml").read_text())
+    size = {"backbone": name, "height": height, "width": width, "decoder_stride": 4}
+    student = Student(**preset | size | {"backbone_weights": str(weights)}).eval()
+    assert student.backbone.licence == licence
+    mine = dict(student.backbone.net.named_parameters())
+    theirs = {f"model.{k}": v for k, v in whole.state_dict().items()}
+    assert set(mine) <= set(theirs) and len(mine) > 100
+    patch = 14 if "14" in name else 16
+    for key, value in mine.items():
+        expected = theirs[key]
+        if expected.shape != value.shape:
+            assert key == "model.pos_embed"
+            expected = timm.layers.resample_abs_pos_embed(
+                expected, [height // patch, width // patch], num_prefix_tokens=1
+            )
+        assert torch.equal(value, expected), key
+    save_student(student, tmp_path / "student.safetensors", {"backbone_licence": licence})
+    export_student(checkpoint=str(tmp_path / "student.safetensors"), out=str(tmp_path / "export"))
+    image = picture(0, height, width)
+    with open_runtime(tmp_path / "export" / "student.onnx") as runtime:
+        said = runtime(image[None])
+    with torch.inference_mode():
+        own = student(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255)
+    assert np.abs(np.log(said["depth"][0] / own["depth"][0, 0].numpy())).max() < 1e-4
+    assert np.abs(said["normals"][0] - own["normals"][0].numpy()).max() < 1e-4
 
 
 def test_metadata_says_units_frame_classes_camera_licences_and_student(exported):
