@@ -11,7 +11,7 @@ import hashlib
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -35,8 +35,8 @@ class Labels(Protocol):
     keys: list[str]
     classes: dict[int, str]
 
-    def __getitem__(self, key: str) -> Label:
-        """The label of one image."""
+    def lesson(self, key: str, tasks: Collection[str]) -> Label:
+        """The label of one image; all but these tasks' values and uncertainties may be absent."""
         ...
 
 
@@ -178,7 +178,7 @@ class DataModule:
         place = (set_index, key)
         found = self._cache.get(place)
         if found is None:
-            found = compact(self.sets[set_index][key], self.frame)
+            found = compact(self.sets[set_index].lesson(key, self.frame.tasks), self.frame)
             with self._lock:
                 self.bad[place] = found.bad
                 if place not in self._cache and self._bytes + found.nbytes <= CACHE_BYTES:

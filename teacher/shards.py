@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,18 @@ def encode_members(label: Label) -> list[tuple[str, bytes]]:
     return members
 
 
-def decode_members(key: str, members: dict[str, bytes]) -> Label:
-    """The inverse of `encode_members`."""
+def decode_members(
+    key: str, members: dict[str, bytes], *, lesson: Collection[str] | None = None
+) -> Label:
+    """The inverse of `encode_members`.
+
+    ``lesson``: tasks; then only their values and uncertainties are decoded beside the image.
+    """
     from teacher.images import decode
+
+    if lesson is not None:
+        taught = {f"{t}{part}.png" for t in lesson for part in ("", "_uncertainty")}
+        members = {k: v for k, v in members.items() if k in taught or k in ("jpg", "png", "json")}
 
     suffix = next((s for s in members if s in ("jpg", "png")), None)
     if suffix is None or "json" not in members:

@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +333,10 @@ class LabelSet:
     def __getitem__(self, key: str) -> Label:
         """One label, every array decoded to the units of `teacher.label`."""
         return decode_members(key, self.members(key))
+
+    def lesson(self, key: str, tasks: Collection[str]) -> Label:
+        """One label with no more decoded than teaches: the tasks' values and uncertainties."""
+        return decode_members(key, self.members(key), lesson=tasks)
 
     def problems(self) -> list[str]:
         """Everything that is missing or damaged, one sentence each, by hashing every shard."""

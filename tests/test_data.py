@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ class InMemory:
         self.keys = list(self.labels)
         self.classes = CLASSES if classes is None else classes
 
-    def __getitem__(self, key: str) -> Label:
+    def lesson(self, key: str, tasks: Collection[str]) -> Label:
         return self.labels[key]
 
 
@@ -167,7 +168,7 @@ def test_borders_stay_grey_whatever_the_light():
 
 def test_an_unreadable_sample_is_raised_in_its_turn(scenes):
     class Broken(InMemory):
-        def __getitem__(self, key: str) -> Label:
+        def lesson(self, key: str, tasks: Collection[str]) -> Label:
             raise UsageError(f"shard-000000.tar: sample {key} unreadable")
 
     data = DataModule([Broken(list(scenes.labels.values()))], frame=FRAME, threads=2)

@@ -12,12 +12,13 @@ import pytest
 from conftest import make_label, write_balls
 from PIL import Image
 
+from teacher import shards
 from teacher.codecs.planes import RANGES, decode_plane, encode_plane
 from teacher.errors import UsageError
 from teacher.jobs.commit import create_exclusive, publish, temporary_beside
 from teacher.label import LabelError, Task, validate
 from teacher.shard_writer import ShardWriter
-from teacher.store import DamagedLabelSetError, LabelSet, read_rows, write_index
+from teacher.store import DamagedLabelSetError, LabelSet, read_rows, write_index, write_label_set
 
 
 def test_depth_plane_keeps_the_promised_precision_over_the_whole_range():
@@ -93,6 +94,30 @@ def test_a_label_comes_back_in_the_units_it_went_in(tmp_path):
         np.testing.assert_allclose(back.uncertainty[Task.DEPTH], 0.07, rtol=2e-4)
         np.testing.assert_allclose(back.confidence[Task.DEPTH], 0.5, atol=1e-5)
         np.testing.assert_array_equal(back.pictures[Task.DEPTH], label.image)
+
+
+def test_a_lesson_decodes_what_it_teaches_and_no_more(tmp_path, monkeypatch):
+    label = make_label(1)
+    label.uncertainty[Task.DEPTH] = np.full(label.image.shape[:2], 0.07, np.float32)
+    label.confidence[Task.DEPTH] = np.full(label.image.shape[:2], 0.5, np.float32)
+    label.pictures[Task.DEPTH] = label.image
+    about = {"tasks": [str(t) for t in label.values]}
+    write_label_set(tmp_path / "set", n=1, make=lambda i: label, dataset=about)
+    stored = LabelSet(tmp_path / "set")
+    decoded, real = [], shards.decode_plane
+    monkeypatch.setattr(
+        shards, "decode_plane", lambda name, data: decoded.append(str(name)) or real(name, data)
+    )
+    taught = stored.lesson(label.key, ("depth",))
+    assert decoded == ["depth", "depth uncertainty"]
+    assert set(taught.values) == set(taught.uncertainty) == {Task.DEPTH}
+    assert not taught.confidence and not taught.pictures
+    whole = stored[label.key]
+    np.testing.assert_array_equal(taught.image, whole.image)
+    np.testing.assert_array_equal(taught.values[Task.DEPTH], whole.values[Task.DEPTH])
+    np.testing.assert_array_equal(taught.uncertainty[Task.DEPTH], whole.uncertainty[Task.DEPTH])
+    assert (taught.camera, taught.provenance) == (whole.camera, whole.provenance)
+    assert set(stored.lesson(label.key, ("semantic",)).values) == {Task.SEMANTIC}
 
 
 def test_same_plan_gives_byte_identical_shards(tmp_path, balls):
