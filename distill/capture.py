@@ -61,8 +61,8 @@ def replay(path: str | Path) -> dict[str, Any]:
     """Run a captured step again, on the CPU.
 
     Returns:
-        ``step``; ``losses``: every term, mean of the passes; ``not_finite``: names of the losses, answers, inputs and
-        gradients that are not finite (unknown labels are NaN and do not count).
+        ``step``; ``losses``: every term, mean of the passes; ``not_finite``: names of the losses,
+        answers, inputs and gradients that are not finite (unknown labels are NaN and do not count).
 
     Raises:
         UsageError: no such file, or none of ours.

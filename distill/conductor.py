@@ -148,9 +148,7 @@ class Conductor(L.Callback):
         better = self.lesson.note_validation(self.numbers["loss"])
         if better and self.lesson.config.patience is not None:
             self.save_student(BEST)
-        write_report(
-            self.folder, self.identity, worst=self.worst, skipped=self.lesson.skipped
-        )
+        write_report(self.folder, self.identity, worst=self.worst, skipped=self.lesson.skipped)
 
     def checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         """State first, then the student: each whole at any moment."""

@@ -171,7 +171,9 @@ def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list
     )
     pairs: dict[str, list[Any]] = {}
     for key in keys:
-        sample = make_sample(compact(truth.lesson(key, frame.tasks), frame), frame, rng=None, mode="none")
+        sample = make_sample(
+            compact(truth.lesson(key, frame.tasks), frame), frame, rng=None, mode="none"
+        )
         answer = model(torch.from_numpy(sample["image"])[None])
         said = {k: v[0].float().numpy() for k, v in answer.items()}
         if "depth" in said:
