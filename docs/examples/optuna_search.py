@@ -5,13 +5,16 @@
 
 Every trial is a `distill train` run in ``OUT/trial-NUMBER``; the held-out loss decides. Further
 arguments are overrides of `distill train`. The study is kept in ``OUT/study.db``: the same command
-goes on with it, and several processes may share it. A trial that diverges counts as failed.
+goes on with it, to as many finished trials as it says in all, and several processes may share it. A
+trial that diverges counts as failed, and as finished.
 """
 
 import sys
 from pathlib import Path
 
 import optuna
+from optuna.study import MaxTrialsCallback
+from optuna.trial import TrialState
 
 from distill.cli import run_verb
 from distill.module import Diverged
@@ -43,7 +46,10 @@ def main(arguments: list[str]) -> optuna.Study:
     study = optuna.create_study(
         study_name="distill", storage=f"sqlite:///{out}/study.db", load_if_exists=True
     )
-    study.optimize(objective, n_trials=trials, catch=(Diverged,))
+    over = (TrialState.COMPLETE, TrialState.FAIL)
+    if len(study.get_trials(states=over)) < trials:
+        enough = MaxTrialsCallback(trials, states=over)
+        study.optimize(objective, callbacks=[enough], catch=(Diverged,))
     print(f"best of {len(study.trials)}: loss {study.best_value:.4f} with {study.best_params}")
     return study
 
