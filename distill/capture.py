@@ -3,7 +3,8 @@
 When loss or gradient is not finite, the batch, the weights and the norms' statistics as they were
 before the step are written to ``bad-step-NUMBER.safetensors`` (the first few per run). Layout:
 tensors ``student.*`` and ``batch.*``; metadata ``format`` and ``facts`` (JSON: the student's
-configuration, step, torch seed, precision, passes). Not kept: a feature teacher.
+configuration, step, torch seed, precision, passes, which losses were not finite). Not kept: a
+feature teacher.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def save_capture(
     """Write a bad step, unless the run's folder holds enough others; returns the file.
 
     ``statistics``: the student's buffers by name before the step; ``facts``: step, seed, precision,
-    accumulate.
+    accumulate, not_finite.
     """
     name = f"bad-step-{facts['step']:07d}"
     others = {p.name[: len(name)] for p in folder.glob("bad-step-*.safetensors")} - {name}
@@ -61,8 +62,9 @@ def replay(path: str | Path) -> dict[str, Any]:
     """Run a captured step again, on the CPU.
 
     Returns:
-        ``step``; ``losses``: every term, mean of the passes; ``not_finite``: names of the losses,
-        answers, inputs and gradients that are not finite (unknown labels are NaN and do not count).
+        ``step``; ``then``: losses that were not finite in the lesson; ``losses``: every term, mean
+        of the passes; ``not_finite``: names of the losses, answers, inputs and gradients that are
+        not finite (unknown labels are NaN and do not count).
 
     Raises:
         UsageError: no such file, or none of ours.
@@ -104,6 +106,7 @@ def replay(path: str | Path) -> dict[str, Any]:
             seen[f"gradient {name}"] = parameter.grad
     return {
         "step": facts["step"],
+        "then": facts.get("not_finite", []),
         "losses": {k: float(v) for k, v in sums.items()},
         "not_finite": [k for k, v in seen.items() if not torch.isfinite(v).all()],
     }
@@ -114,4 +117,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(replay(sys.argv[1]), indent=1))
+    try:
+        print(json.dumps(replay(sys.argv[1]), indent=1))
+    except UsageError as error:
+        sys.exit(f"{error}")

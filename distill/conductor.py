@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -84,6 +85,8 @@ class Conductor(L.Callback):
                 signal.signal(number, self._on_signal)
         if self.first and self._due() and self.lesson.validated_at != self.lesson.step_number:
             self._validate()  # a signal came first
+        if self.lesson.agree(signal=0)[1]:  # and patience is out with that
+            trainer.should_stop = True
 
     def _on_signal(self, number: int, _: object) -> None:
         if self.signal:  # asked twice: do not wait for the step
@@ -169,7 +172,7 @@ class Conductor(L.Callback):
             "backbone": lesson.student.config["backbone"],
             "backbone_licence": lesson.student.backbone.licence,
             "torch": torch.__version__,
-            "validation": self.numbers,
+            "validation": self._plain(),
         }
         save_student(lesson.average.student, self.folder / name, provenance)
 
@@ -190,12 +193,18 @@ class Conductor(L.Callback):
         best = self.folder / BEST
         if best.is_file():  # it goes when the run is finished: a crash here loses nothing
             write_atomic(self.folder / STUDENT, best.read_bytes())
-            self.numbers = load_student(best).provenance["validation"]
+            lesson.average.student.load_state_dict(load_student(best).state_dict())
+            self.numbers, picture, self.worst = validate(lesson, self.data)
+            self.journal.picture(picture)
         result = self._result()
         write_report(
             self.folder, self.identity, worst=self.worst, skipped=lesson.skipped, result=result
         )
         return result
+
+    def _plain(self) -> dict[str, float | None]:
+        """The last validation's numbers as JSON may hold them."""
+        return {k: v if math.isfinite(v) else None for k, v in self.numbers.items()}
 
     def _result(self) -> dict[str, Any]:
         lesson = self.lesson
@@ -217,7 +226,7 @@ class Conductor(L.Callback):
             "seconds": round(seconds, 1),
             "outside_steps": round(1 - lesson.busy_s / max(here_s, 1e-9), 4),
             "images_per_s": round(images_per_s, 2),
-            "objective": self.numbers.get("loss"),
-            "validation": {k: round(v, 6) for k, v in self.numbers.items()},
+            "objective": self._plain().get("loss"),
+            "validation": {k: v if v is None else round(v, 6) for k, v in self._plain().items()},
             "logs": [str(self.folder / n) for n in names],
         }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.run_folder import set_identity
+from distill.run_folder import may_hold, set_identity
 from distill.samples import Frame, compact, make_sample
 from distill.scale_fit import Fit, Pair, fit_confidence, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student, write_atomic
@@ -21,6 +21,7 @@ from student.model import Student
 from teacher.calibrate import calibrate as calibrate_teacher
 from teacher.errors import UsageError
 from teacher.jobs.licences import merged, of_label_set, of_student
+from teacher.label import Task
 from teacher.metrics import angles_deg
 from teacher.score import RIGHT_DEG, RIGHT_RATIO
 from teacher.store import LabelSet
@@ -76,11 +77,12 @@ def fit_student(
     Returns:
         ``summary``; ``depth``, ``depth_uncertainty``, ``normals_uncertainty``: `scale_fit.Fit` as
         JSON, for what student and labels both have; ``confidence``: such a one per task, of the
-        uncertainties as they were fitted, if two images or more could judge it; ``images``.
+        uncertainties as they were fitted, if two images or more could judge it; ``images``;
+        ``left_out``: those that the student may have learnt from (2 % of the others among them).
 
     Raises:
-        UsageError: no labelled image, the images of the training itself, depth that nobody
-            measured (`distill.samples`), or ``out`` is ``checkpoint``.
+        UsageError: no labelled image, no task to fit, the images of the training itself, depth that
+            nobody measured (`distill.samples`), or ``out`` is ``checkpoint``.
     """
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"out={out}: expected a file name that ends in .safetensors")
@@ -92,16 +94,23 @@ def fit_student(
     model = Student(**{**old.config, "calibration": {}}).eval()
     model.load_state_dict(old.state_dict())
     truth = LabelSet(labels)
-    learnt = [part.get("keys") for part in old.provenance.get("data", [])]
-    if set_identity(truth)["keys"] in learnt:
+    if not truth.keys:
+        raise UsageError(f"labels={labels}: no labelled image in it")
+    others = _unlearnt(old, truth)
+    if not others:
         raise UsageError(
             f"labels={labels}: the very images that {checkpoint} learnt from, where it is better "
             "and surer than elsewhere. Give true labels of other images"
         )
-    most = len(truth.keys) if limit is None else limit
-    keys = [truth.keys[i] for i in _evenly(len(truth.keys), most)]
-    if not keys:
-        raise UsageError(f"labels={labels}: no labelled image in it")
+    left_out = len(truth.keys) - len(others)
+    keys = [others[i] for i in _evenly(len(others), len(others) if limit is None else limit)]
+    both = [t for t in ("depth", "normals") if t in model.tasks and Task(t) in truth.tasks]
+    if not both:
+        raise UsageError(
+            f"labels={labels}: has {', '.join(truth.tasks)}, the student answers "
+            f"{', '.join(model.tasks)}; depth or normals in both can be fitted"
+        )
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     pairs = measured(model, truth, keys)
     found: dict[str, Fit] = {}
     errors: dict[str, list[Pair]] = {}
@@ -142,10 +151,29 @@ def fit_student(
         f"{fit.before:.3g} -> {fit.after:.3g}"
         for task, fit in sure.items()
     )
-    result = {"summary": f"{out}: {shown}", "images": len(keys), **about}
+    aside = f"; {left_out} images left out, which it may have learnt from" if left_out else ""
+    counts = {"images": len(keys), "left_out": left_out}
+    result = {"summary": f"{out}: {shown}{aside}", **counts, **about}
     beside = Path(out).with_suffix(".calibration.json")
     write_atomic(beside, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
     return result
+
+
+def _unlearnt(student: Student, truth: LabelSet) -> list[str]:
+    """The keys of ``truth`` that none of the student's own label sets has."""
+    parts = student.provenance.get("data", [])
+    if set_identity(truth)["keys"] in [part.get("keys") for part in parts]:
+        return []
+    learnt = np.zeros(len(truth.keys), bool)
+    for part in parts:
+        try:
+            if "seen" in part:  # students of before 2026-11-29 have none
+                learnt |= may_hold(part["seen"], truth.keys)
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"the checkpoint's record of the images that it learnt from is damaged ({error})"
+            ) from error
+    return [key for key, known in zip(truth.keys, learnt, strict=True) if not known]
 
 
 def _shown(name: str, fit: Fit[Any]) -> str:

@@ -75,8 +75,13 @@ class Journal:
                 self.board.add_scalar(f"validation/{name}", value, lesson.step_number)
         if picture is not None:
             self.board.add_image("answers", picture, lesson.step_number, dataformats="HWC")
-            Image.fromarray(picture).save(self.folder / PICTURE)
+        self.picture(picture)
         self.board.flush()
+
+    def picture(self, picture: np.ndarray | None) -> None:
+        """Put the answers to the first held-out images beside the logs."""
+        if picture is not None:
+            Image.fromarray(picture).save(self.folder / PICTURE)
 
     def close(self) -> None:
         """Write what is left."""
@@ -144,7 +149,7 @@ def validate(
             few = [{k: v[:ROWS_SHOWN] for k, v in d.items()} for d in (truth, here)]
             picture = comparison(few[0], few[1], lesson.student.tasks)
     means = {name: float(np.mean(values)) for name, values in sums.items()}
-    if confusion is not None and sums:
+    if confusion is not None and "pixel_accuracy" in means:
         means["miou"] = float(confusion.result()["miou"])
     if "pq" in means:
         means["pq"] = float(tally.result()["per_class"]["object"]["pq"])

@@ -177,6 +177,13 @@ class Lesson(L.LightningModule):
         extra = list(self.features.parameters()) if self.features is not None else []
         return [*self.student.parameters(), *extra]
 
+    def names(self) -> dict[Tensor, str]:
+        """What learns by its name; a feature projection's parts begin with ``features.``."""
+        found: dict[Tensor, str] = {p: name for name, p in self.student.named_parameters()}
+        if self.features is not None:
+            found |= {p: f"features.{name}" for name, p in self.features.named_parameters()}
+        return found
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """As configured, with the state of an interrupted lesson if there is one."""
         groups = parameter_groups(self.student, self.config, self.features)
@@ -226,7 +233,7 @@ class Lesson(L.LightningModule):
                 for name, buffer in self.student.named_buffers():
                     buffer.copy_(statistics[name])
             if not overflow:
-                self._capture(batch, statistics, seed)
+                self._capture(batch, statistics, seed, losses)
         optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         self._rescale(good)
@@ -276,7 +283,13 @@ class Lesson(L.LightningModule):
         elif self.good_steps % FP16_GROW == 0:
             self.loss_scale = min(2.0**16, self.loss_scale * 2)
 
-    def _capture(self, batch: dict[str, Tensor], statistics: dict[str, Tensor], seed: int) -> None:
+    def _capture(
+        self,
+        batch: dict[str, Tensor],
+        statistics: dict[str, Tensor],
+        seed: int,
+        losses: dict[str, Tensor],
+    ) -> None:
         if self.folder is None:
             return
         facts = {
@@ -284,6 +297,7 @@ class Lesson(L.LightningModule):
             "seed": seed,
             "precision": self.precision_name,
             "accumulate": self.config.accumulate,
+            "not_finite": [f"loss {k}" for k, v in losses.items() if not torch.isfinite(v)],
         }
         suffix = f"-process{rank()}" if rank() else ""
         save_capture(self.folder, self.student, batch, statistics, facts, suffix=suffix)

@@ -1,7 +1,7 @@
 """``state.safetensors``: what a killed lesson needs to go on; safetensors + JSON, never a pickle.
 
 Layout: tensors ``student.*``, ``average.*``, ``features.*`` (the projection, if features are
-learnt), ``optimizer.INDEX.NAME``; metadata ``format`` and ``facts`` (JSON, `FACTS`). One file,
+learnt), ``optimizer.PARAMETER.NAME``; metadata ``format`` and ``facts`` (JSON, `FACTS`). One file,
 replaced atomically, so that its parts always belong together.
 """
 
@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from distill.module import Lesson
+from distill.module import Diverged, Lesson
 from student.checkpoint import write_atomic
 from teacher.errors import UsageError
 
-FORMAT = "dense-distill lesson 1"
+FORMAT = "dense-distill lesson 2"  # 1 knew the moments by number, not by parameter
 FACTS = {  # name in the file -> attribute of the lesson
     "step": "step_number",
     "skipped": "skipped",
@@ -66,14 +66,25 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def save_state(lesson: Lesson, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Write everything the next step depends on."""
+    """Write everything the next step depends on.
+
+    Raises:
+        Diverged: a weight is not finite; the state that was there stays.
+    """
     tensors: dict[str, Tensor] = {}
     tensors |= {f"student.{k}": v for k, v in lesson.student.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in lesson.average.student.state_dict().items()}
-    for index, entries in optimizer.state_dict()["state"].items():
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise Diverged(
+            f"weights are not finite after step {lesson.step_number} ({', '.join(bad[:3])}, ...); "
+            "the last checkpoint is intact. Try a smaller trainer.lr "
+            f"(now {lesson.config.lr:g}) or trainer.precision=fp32."
+        )
+    for parameter, entries in optimizer.state.items():
         for name, value in entries.items():  # all else follows from the parameters' shapes
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
+                tensors[f"optimizer.{lesson.names()[parameter]}.{name}"] = value
     if lesson.features is not None:
         tensors |= {f"features.{k}": v for k, v in lesson.features.state_dict().items()}
     facts = {name: getattr(lesson, attribute) for name, attribute in FACTS.items()}
@@ -99,7 +110,7 @@ def load_state(lesson: Lesson, path: Path) -> None:
         lesson.average.student.load_state_dict(_part(tensors, "average."))
         if lesson.features is not None:
             lesson.features.load_state_dict(_part(tensors, "features."))
-        facts.setdefault("validated_at", facts["step"])  # states of before 2026-11-28
+        moments = _optimizer_state(lesson, _part(tensors, "optimizer."))
         for name, attribute in FACTS.items():
             setattr(lesson, attribute, facts[name])
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
@@ -107,7 +118,7 @@ def load_state(lesson: Lesson, path: Path) -> None:
             f"{path}: cannot be resumed ({error}). Delete the run's folder, or train into another "
             "out=."
         ) from error
-    lesson.optimizer_state = _optimizer_state(lesson, _part(tensors, "optimizer."))
+    lesson.optimizer_state = moments
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -116,9 +127,16 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _optimizer_state(lesson: Lesson, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """`torch.optim.Optimizer.state_dict` again: the groups as configured, the saved moments."""
+    fresh = lesson.configure_optimizers()
+    taught = [p for group in fresh.param_groups for p in group["params"]]
+    names = lesson.names()
+    index = {names[p]: i for i, p in enumerate(taught)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        index, _, entry = name.partition(".")
-        state.setdefault(int(index), {})[entry] = value
-    fresh = lesson.configure_optimizers().state_dict()
-    return {"state": state, "param_groups": fresh["param_groups"]}
+        owner, _, entry = name.rpartition(".")
+        if owner not in index:
+            raise ValueError(f"moments of {owner}, which is not learnt here")
+        if value.ndim and value.shape != taught[index[owner]].shape:
+            raise ValueError(f"moments of {owner} have the shape {tuple(value.shape)}")
+        state.setdefault(index[owner], {})[entry] = value
+    return {"state": state, "param_groups": fresh.state_dict()["param_groups"]}

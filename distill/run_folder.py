@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -9,14 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distill.conductor import STUDENT
 from distill.trainer import TrainerConfig
-from student.checkpoint import write_atomic
+from student.checkpoint import ORIGIN, write_atomic
 from student.model import Student
 from teacher.errors import UsageError
 from teacher.store import LabelSet
 
 RUN = "train.json"
+PROBES = 5
 FORMAT = "dense-distill run 1"
 
 
@@ -24,10 +28,9 @@ def identity_of(
     config: TrainerConfig, model: Student, student: dict[str, Any], sets: Sequence[LabelSet]
 ) -> dict[str, Any]:
     """What makes a run the run it is, as plain JSON."""
-    origin = ("pretrained", "backbone_weights", "backbone_licence")
     free = ("threads", "devices")  # they change nothing that is learnt
     return {
-        "student": model.config | {k: v for k, v in student.items() if k in origin},
+        "student": model.config | {k: v for k, v in student.items() if k in ORIGIN},
         "trainer": {k: v for k, v in dataclasses.asdict(config).items() if k not in free},
         "data": [set_identity(labels) for labels in sets],
     }
@@ -44,12 +47,40 @@ def ancestors(identity: dict[str, Any], model: Student) -> dict[str, Any]:
 
 
 def set_identity(labels: LabelSet) -> dict[str, Any]:
-    """What pins a label set, wherever it lies: its plan and the images that got a label."""
+    """What pins a label set, wherever it lies: its plan and the images that got a label.
+
+    ``seen`` answers for single images (`may_hold`), a byte each.
+    """
     keys = hashlib.sha256("\n".join(labels.keys).encode()).hexdigest()
     kept: dict[str, Any] = {
         k: labels.meta[k] for k in ("teacher", "licences", "licence") if k in labels.meta
     }
-    return {"plan_hash": labels.meta["plan_hash"], "images": len(labels), "keys": keys, **kept}
+    about = {"plan_hash": labels.meta["plan_hash"], "images": len(labels), "keys": keys}
+    return {**about, "seen": seen_filter(labels.keys), **kept}
+
+
+def seen_filter(keys: Sequence[str]) -> str:
+    """A Bloom filter (Bloom 1970) of keys in base64: 8 bits and `PROBES` probes a key."""
+    bits = np.zeros(8 * max(1, len(keys)), bool)
+    for key in keys:
+        bits[_places(key, bits.size)] = True
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def may_hold(seen: str, keys: Sequence[str]) -> list[bool]:
+    """Whether `seen_filter` saw each of ``keys``: never wrongly False, in 2 % wrongly True.
+
+    Raises:
+        ValueError: ``seen`` is no such filter.
+    """
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(seen, validate=True), np.uint8))
+    if not bits.size:
+        raise ValueError("an empty filter")
+    return [bool(bits[_places(key, bits.size)].all()) for key in keys]
+
+
+def _places(key: str, size: int) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(key.encode()).digest(), "<u4")[:PROBES] % size
 
 
 def open_run(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:

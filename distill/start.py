@@ -20,10 +20,11 @@ def start_from(model: Student, path: str) -> tuple[dict[str, Any], list[dict[str
     """Take over every weight of the student at ``path`` that has its place in ``model``.
 
     The backbone must be the same; input size, tasks, heads and decoder may differ, and what is new
-    keeps its fresh start. Position embeddings follow the input size. Returns what was done
-    (``sha256``, ``taken``: tensors, ``resampled``: position embeddings among them, ``fresh``: parts
-    that start anew, a tensor's name where its part was taken otherwise, ``unfitted``: constants
-    fitted to truth that were left behind) and the licence ledger of that student.
+    keeps its fresh start; so does a decoder of another kind or stride. Position embeddings follow
+    the input size. Returns what was done (``sha256``, ``taken``: tensors, ``resampled``: position
+    embeddings among them, ``fresh``: parts that start anew, a tensor's name where its part was
+    taken otherwise, ``unfitted``: constants fitted to truth that were left behind) and the licence
+    ledger of that student.
 
     Raises:
         UsageError: another backbone, another canonical camera.
@@ -40,6 +41,9 @@ def start_from(model: Student, path: str) -> tuple[dict[str, Any], list[dict[str
     theirs, mine = other.state_dict() | resampled, model.state_dict()
     fits = {k: v for k, v in theirs.items() if k in mine and mine[k].shape == v.shape}
     _take_classes(model, other, fits)
+    levels = ("decoder", "decoder_stride")  # its parts are counted from the finest level
+    if any(model.config[k] != other.config[k] for k in levels):
+        fits = {k: v for k, v in fits.items() if not k.startswith("decoder.")}
     if "heads.depth.maps.out.weight" in fits:
         _need_one_camera(model, other, path)
     model.load_state_dict(fits, strict=False)

@@ -12,6 +12,7 @@ from distill.precision import PRECISIONS
 from student.kinds import wrong_kind
 from teacher.errors import UsageError
 
+MOST_IMAGES = 2**28  # in one lesson: 3 GiB of plan
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -83,6 +84,14 @@ class TrainerConfig:
         for name in (*whole, "bad_steps_limit", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"trainer.{name}={getattr(self, name)}: expected at least 1")
+        if self.steps * self.batch_size > MOST_IMAGES:
+            raise UsageError(
+                f"trainer.steps={self.steps} of batch_size={self.batch_size}: their order is "
+                f"planned ahead, for at most {MOST_IMAGES} images. If trainer.minutes ends the "
+                f"lesson anyway, steps={MOST_IMAGES // self.batch_size} changes nothing"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"trainer.seed={self.seed}: expected 0 to {2**32 - 1}")
         minutes, patience = self.minutes, self.patience
         if minutes is not None and not minutes > 0:
             raise UsageError(f"trainer.minutes={minutes!r}: expected more than 0, or null")

@@ -101,6 +101,12 @@ class Delivered(nn.Module):
         return tuple(out[name] for name in self.outputs)
 
 
+def _carried(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What travels in a graph: all but the filters of single images, a byte for each."""
+    parts = [{k: v for k, v in p.items() if k != "seen"} for p in provenance.get("data", [])]
+    return provenance | ({"data": parts} if parts else {})
+
+
 def card_of(
     student: Student,
     *,
@@ -128,7 +134,7 @@ def card_of(
         outputs=tuple(names),
         classes={int(k): v for k, v in student.config["classes"].items()},
         licences=as_text(of_student(student.provenance)),
-        provenance=student.provenance,
+        provenance=_carried(student.provenance),
         student_sha256=student_sha256,
     )
 

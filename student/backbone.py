@@ -55,13 +55,51 @@ def _create(name: str, *, pretrained: bool, weights: str, options: dict[str, Any
     elif pretrained:
         overlay = {"pretrained": True}
     try:
-        return timm.create_model(name, features_only=True, **options, **overlay)
-    except (RuntimeError, AttributeError, OSError, ValueError, SafetensorError) as error:
+        made = timm.create_model(name, features_only=True, **options, **overlay)
+        if weights:
+            _refuse_strangers(made, name, weights, options | overlay)
+        return made
+    except StudentError:
+        raise
+    except (
+        RuntimeError,
+        AttributeError,
+        OSError,
+        ValueError,
+        AssertionError,
+        SafetensorError,
+    ) as error:
         if overlay:
             raise _unavailable(name, error) from error
         raise StudentError(
-            f"student backbone {name!r} cannot give feature maps (timm features_only): {error}"
+            f"student backbone {name!r} cannot give feature maps (timm features_only): "
+            f"{_said(error)}"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error) or f"a bare {type(error).__name__}"
+
+
+def _refuse_strangers(made: Any, name: str, weights: str, options: dict[str, Any]) -> None:
+    """`StudentError` if parts of ``made`` are chance and not from the file.
+
+    `timm` loads feature maps leniently: a file of another model fills nothing. What is chance
+    differs from seed to seed, whatever the file calls its tensors.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        again = timm.create_model(name, features_only=True, **options)
+    pairs = zip(made.named_parameters(), again.parameters(), strict=True)
+    chance = [key for (key, one), other in pairs if not torch.equal(one, other)]
+    if chance:
+        with safe_open(weights, framework="pt") as file:
+            keys = list(file.keys())
+        raise StudentError(
+            f"backbone_weights={weights!r}: has nothing for {len(chance)} tensors of {name} "
+            f"({', '.join(chance[:2])}, ...); found {', '.join(keys[:2])}, ...; expected that very "
+            "model's weights in timm's layout"
+        )
 
 
 def _unavailable(name: str, error: Exception) -> WeightsUnavailable:
@@ -97,6 +135,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels per level, fine to coarse.
         strides: stride of every level [px].
+        sizes: (height, width) of every level.
         mean, std: what the weights expect of an RGB in [0, 1].
         licence: licence of the weights as `timm` records it ("" when trained from scratch).
     """
@@ -132,6 +171,7 @@ class Backbone(nn.Module):
         self.strides: list[int] = list(probe.feature_info.reduction())
         self._check_size(name, height, width, max(self.strides), decoder_stride)
         self.channels_last = str(getattr(probe, "output_fmt", "NCHW")).endswith("NHWC")
+        self.sizes = self._measured(name, height, width)
         self.mean = tuple(facts.mean) if facts else (0.485, 0.456, 0.406)
         self.std = tuple(facts.std) if facts else (0.229, 0.224, 0.225)
         recorded = (facts.license or "") if facts and (pretrained or weights) else ""
@@ -155,6 +195,21 @@ class Backbone(nn.Module):
                 f"{decoder_stride} needs multiples of {step} px; the nearest is height={near[0]} "
                 f"width={near[1]}"
             )
+
+    @torch.no_grad()
+    def _measured(self, name: str, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width of every level: some networks pad less than their strides promise."""
+        learning = self.training
+        try:
+            levels = self.eval()(torch.zeros(1, 3, height, width))
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+            raise StudentError(
+                f"student backbone {name!r} cannot look at pictures of {height}x{width} px (height "
+                f"x width): {_said(error)}"
+            ) from error
+        finally:
+            self.train(learning)
+        return [(level.shape[-2], level.shape[-1]) for level in levels]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Normalised image [B,3,H,W] -> features [B,C,H/stride,W/stride] per level."""

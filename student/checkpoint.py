@@ -22,6 +22,7 @@ from student.backbone import StudentError
 from student.model import Student
 
 FORMAT = "dense-distill student 1"
+ORIGIN = ("pretrained", "backbone_weights", "backbone_licence")  # where a training's backbone began
 
 
 class CheckpointError(ValueError):
@@ -91,9 +92,26 @@ def _describe_foreign(path: Path) -> str:
 def _described(metadata: dict[str, str]) -> dict[str, Any]:
     try:
         about = json.loads(metadata.get("student", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def _wrong(about: dict[str, Any]) -> str:
+    """What a description of ours cannot say; "" if it may be ours."""
+    for name in ("config", "provenance"):
+        if not isinstance(about.get(name), dict):
+            return f"its {name} is no table"
+    strange = set(about["config"]) & set(ORIGIN)
+    if strange:  # loading fetches nothing and opens no other file
+        return f"its config has {', '.join(sorted(strange))}, which only a training may say"
+    provenance = about["provenance"]
+    data = provenance.get("data", [])
+    if not isinstance(data, list) or not all(isinstance(part, dict) for part in data):
+        return "its provenance's data is no list of tables"
+    if not isinstance(provenance.get("calibration", {}), dict):
+        return "its provenance's calibration is no table"
+    return ""
 
 
 def load_student(path: str | Path) -> Student:
@@ -114,9 +132,13 @@ def load_student(path: str | Path) -> Student:
             if about.get("format") != FORMAT:
                 found = about.get("format", "a safetensors file without our metadata")
                 raise _not_ours(path, f"its format is {found!r}, not {FORMAT!r}")
+            if wrong := _wrong(about):
+                raise _not_ours(path, wrong)
             state = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise _not_ours(path, f"{_describe_foreign(path)}: {error}") from error
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise _not_ours(path, f"not finite: {', '.join(bad[:5])}")
     try:
         model = Student(**about["config"])
         model.provenance = about["provenance"]

@@ -35,6 +35,7 @@ class Decoder(nn.Module):
     Args:
         channels: backbone channels per level, fine to coarse.
         strides: backbone strides [px] per level.
+        sizes: (height, width) of the backbone's levels.
         height: input image height [px].
         width: input image width [px].
         stride: output stride, 2 or 4.
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
         *,
         channels: list[int],
         strides: list[int],
+        sizes: list[tuple[int, int]],
         height: int,
         width: int,
         stride: int,
@@ -53,21 +55,23 @@ class Decoder(nn.Module):
     ) -> None:
         """Plan the levels once, with fixed sizes, so that the exported graph has constant sizes."""
         super().__init__()
-        levels = [(c, s) for c, s in zip(channels, strides, strict=True) if s >= stride]
+        pyramid = zip(channels, strides, sizes, strict=True)
+        levels = [(c, s, size) for c, s, size in pyramid if s >= stride]
         self.skipped = len(channels) - len(levels)
         self.stem: nn.ModuleList = nn.ModuleList()
         inputs, at = 3, 2
         while at < levels[0][1] and at <= 4:  # strides finer than the backbone's finest
             self.stem.append(conv_block(inputs, base, stride=2))
             inputs, at = base, at * 2
-        stem_levels = [(base, 2 ** (i + 1)) for i in range(len(self.stem))]
-        stem_levels = [level for level in stem_levels if level[1] >= stride]
+        steps = [2 ** (i + 1) for i in range(len(self.stem))]
+        stem_levels = [(base, s, (-(-height // s), -(-width // s))) for s in steps if s >= stride]
         self.stem_skipped = len(self.stem) - len(stem_levels)
         levels = stem_levels + levels
-        widths = [level_channels(base, s, stride) for _, s in levels]
-        self.sizes = [(-(-height // s), -(-width // s)) for _, s in levels]
+        widths = [level_channels(base, s, stride) for _, s, _ in levels]
+        self.sizes = [size for _, _, size in levels]
+        self.end = (height // stride, width // stride)
         self.lateral = nn.ModuleList(
-            nn.Conv2d(c, w, 1) for (c, _), w in zip(levels, widths, strict=True)
+            nn.Conv2d(c, w, 1) for (c, _, _), w in zip(levels, widths, strict=True)
         )
         self.context = nn.Sequential(nn.Conv2d(levels[-1][0], widths[-1], 1), nn.ReLU())
         self.where = nn.Conv2d(2, widths[-1], 1, bias=False)
@@ -92,4 +96,4 @@ class Decoder(nn.Module):
         for i in range(len(levels) - 2, -1, -1):
             x = upsampled(self.narrow[i](x), self.sizes[i]) + self.lateral[i](levels[i])
             x = self.fuse[i](x)
-        return x
+        return upsampled(x, self.end)

@@ -47,6 +47,7 @@ class DptDecoder(nn.Module):
     Args:
         channels: backbone channels per level, fine to coarse.
         strides: backbone strides [px] per level; all equal for a plain transformer.
+        sizes: (height, width) of the backbone's levels.
         height: input image height [px].
         width: input image width [px].
         stride: output stride, 2 or 4.
@@ -58,6 +59,7 @@ class DptDecoder(nn.Module):
         *,
         channels: list[int],
         strides: list[int],
+        sizes: list[tuple[int, int]],
         height: int,
         width: int,
         stride: int,
@@ -69,7 +71,6 @@ class DptDecoder(nn.Module):
         count = len(channels)
         zooms = [2.0 ** (2 - i) if plain else 1.0 for i in range(count)]
         inner = 2 * base
-        sizes = [(-(-height // s), -(-width // s)) for s in strides]
         self.sizes = [
             (_zoomed(h, z), _zoomed(w, z)) for (h, w), z in zip(sizes, zooms, strict=True)
         ]

@@ -129,6 +129,7 @@ class Student(nn.Module):
         self.decoder: nn.Module = DECODERS[decoder](
             channels=self.backbone.channels,
             strides=self.backbone.strides,
+            sizes=self.backbone.sizes,
             height=height,
             width=width,
             stride=decoder_stride,
@@ -151,10 +152,11 @@ class Student(nn.Module):
             if self.config[name] not in known:
                 raise StudentError(f"student {name}={self.config[name]!r}: expected {list(known)}")
         strange = sorted(set(self.config["calibration"]) - {"depth", *LARGEST})
-        if strange or any(len(v) != 2 for v in self.config["calibration"].values()):
+        numbers = self.config["calibration"].values()
+        if strange or any(len(v) != 2 or not all(map(math.isfinite, v)) for v in numbers):
             raise StudentError(
-                f"student calibration={self.config['calibration']}: expected two numbers each for "
-                f"some of {['depth', *LARGEST]}"
+                f"student calibration={self.config['calibration']}: expected two finite numbers "
+                f"each for some of {['depth', *LARGEST]}"
             )
         stride, base = self.config["decoder_stride"], self.config["decoder_channels"]
         if stride not in (2, 4) or base < 8:

@@ -232,6 +232,12 @@ def test_all_the_weight_on_a_set_without_a_training_image_names_that_set(scenes)
         ({"minutes": True}, r"trainer\.minutes=True \(bool\): expected a number or null"),
         ({"minutes": float("inf")}, r"trainer\.minutes=inf: expected a finite number"),
         ({"patience": True}, r"trainer\.patience=True \(bool\): expected a whole number or null"),
+        ({"seed": 2**32}, r"trainer\.seed=4294967296: expected 0 to 4294967295"),
+        ({"seed": -1}, r"trainer\.seed=-1: expected 0 to"),
+        (
+            {"steps": 10**9},
+            r"for at most 268435456 images\. If trainer\.minutes .* steps=16777216 ",
+        ),
         ({"threads": -4}, r"trainer\.threads=-4: expected at least 1"),
         ({"lr": float("inf")}, r"trainer\.lr=inf: expected a finite number"),
         ({"lr": float("nan")}, r"trainer\.lr=nan: expected more than 0"),

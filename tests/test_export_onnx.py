@@ -24,7 +24,7 @@ from export.artefact import (
 )
 from export.lowering import recarded
 from export.onnx_files import check_rules, check_sizes, read_model
-from export.onnx_graph import export_student
+from export.onnx_graph import card_of, export_student
 from export.parity import gap
 from export.runtimes import open_runtime
 from student.backbone import Backbone
@@ -134,6 +134,14 @@ def test_metadata_says_units_frame_classes_camera_licences_and_student(exported)
     assert card.student_sha256 == told["reference"]["sha256"] and len(card.student_sha256) == 64
     assert json.loads(props[PREFIX + "outputs"])["depth"]["unit"].startswith("metres")
     assert "x right, y up, z toward the viewer" in json.loads(props[PREFIX + "frame"])
+
+
+def test_the_filter_of_single_images_stays_behind():
+    """A byte for each image of the training: for `distill calibrate`, not for a device."""
+    student = Student(backbone="test_efficientnet", height=32, width=64, tasks=["depth"])
+    student.provenance = {"steps": 3, "data": [{"plan_hash": "x", "seen": "AA=="}]}
+    assert card_of(student).provenance == {"steps": 3, "data": [{"plan_hash": "x"}]}
+    assert student.provenance["data"][0]["seen"] == "AA=="
 
 
 def test_a_refused_licence_stops_the_export_and_names_the_ancestor(tmp_path):

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,24 +14,29 @@ import numpy as np
 import pytest
 import timm
 import torch
-from analytic_scenes import write_analytic_set
+from analytic_scenes import analytic_label, write_analytic_set
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_train import STUDENT, TRAINER
 
-from distill import capture, conductor
+from distill import capture, conductor, module
 from distill.capture import replay
-from distill.conductor import Conductor
+from distill.conductor import Conductor, Stopped
+from distill.data import in_validation
 from distill.features import TOLERANCE, feature_loss, frozen
 from distill.journal import Journal, judge, validate
 from distill.lesson_report import curve, read_rows, write_report
 from distill.module import FP16_GROW, Diverged, Lesson, layers_of, lr_factor, parameter_groups
 from distill.precision import DepthwiseInFloat32
+from distill.resume import load_state, save_state
 from distill.start import start_from, told
 from distill.train import train
 from distill.trainer import trainer_config
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
+from teacher.label import Label, Task
+from teacher.store import LabelSet, write_label_set
 
 SHORT = {**TRAINER, "steps": 4, "val_every": 2, "checkpoint_every": 1}
 NAN = float("nan")
@@ -139,7 +146,7 @@ def test_the_average_is_what_is_saved_and_what_is_validated(lesson):
             parameter.fill_(NAN)
     assert numbers() == before and math.isfinite(before["loss"]) and "abs_rel" in before
     names = ("trainer", "data", "weights", "features", "init", "licences")
-    Conductor(lesson, None, lesson.folder, dict.fromkeys(names)).save_student()
+    Conductor(lesson, None, lesson.folder, {key: [] for key in names}).save_student()
     saved = load_student(lesson.folder / conductor.STUDENT).state_dict()
     assert all(torch.equal(saved[k], v) for k, v in average.items())
 
@@ -223,6 +230,7 @@ def test_a_bad_step_is_kept_and_runs_again(lesson, monkeypatch):
     again = replay(lesson.folder / found[0])
     assert again["step"] == 2 and math.isnan(again["losses"]["total"])
     assert {"batch image", "loss total, pass 1"} <= set(again["not_finite"])
+    assert "loss total" in again["then"]
     assert not [n for n in again["not_finite"] if n.startswith("weight")]
     from safetensors import safe_open
 
@@ -242,7 +250,7 @@ def test_a_bad_step_of_several_passes_runs_again_in_as_many(lesson, monkeypatch)
     again = replay(lesson.folder / "bad-step-0000001.safetensors")
     for name, value in again["losses"].items():
         assert value == pytest.approx(lesson.last[name].item(), rel=1e-5), name
-    assert again["not_finite"] == []
+    assert again["not_finite"] == [] and again["then"] == []
     bad = batch()
     bad["image"][3, 0, 3, 3] = NAN  # in the second pass
     lesson.training_step(bad, 1)
@@ -316,10 +324,11 @@ def test_every_step_gives_each_group_its_share_of_the_scheduled_rate(lesson, mon
 
 
 def test_patience_ends_the_lesson_with_the_best_student(labels, tmp_path, monkeypatch):
-    real, losses = conductor.validate, [3.0, 1.0, 2.0, 1.0, 5.0]
+    real, losses, judged = conductor.validate, [3.0, 1.0, 2.0, 1.0, 0.5], []
 
     def worse(*arguments):
         numbers, picture, worst = real(*arguments)
+        judged.append({k: v.clone() for k, v in arguments[0].average.student.state_dict().items()})
         return numbers | {"loss": losses.pop(0)}, picture, worst
 
     monkeypatch.setattr(conductor, "validate", worse)
@@ -329,10 +338,63 @@ def test_patience_ends_the_lesson_with_the_best_student(labels, tmp_path, monkey
     assert result["steps"] == 4 and "stopped early" in result["summary"]
     student = load_student(out / "student.safetensors")
     assert student.provenance["steps"] == 2  # of loss 1.0, seen first
-    assert result["validation"]["loss"] == result["objective"] == 1.0
+    assert student.provenance["validation"]["loss"] == 1.0
+    assert result["validation"]["loss"] == result["objective"] == 0.5  # judged again at the end
+    assert all(torch.equal(judged[-1][k], v) for k, v in judged[1].items())  # and so is the report
+    assert not all(torch.equal(judged[-2][k], v) for k, v in judged[1].items())
     assert not (out / "best.safetensors").exists() and not (out / "state.safetensors").exists()
     with pytest.raises(UsageError, match=r"patience needs held-out images"):
         trainer_config({"patience": 2, "val_share": 0.0})
+
+
+def test_patience_that_a_signal_interrupted_is_out_after_the_same_step(
+    labels, tmp_path, monkeypatch
+):
+    """The validation that was due then is made up for at the next start, and may end the lesson."""
+    trainer = {**SHORT, "steps": 40, "val_every": 1, "patience": 2}
+    arguments = {"data": labels, "out": str(tmp_path / "run"), "student": STUDENT}
+    losses, real, note = [3.0, 1.0, 2.0, 1.5, 0.5], conductor.validate, Journal.step
+
+    def worse(*given):
+        numbers, picture, worst = real(*given)
+        return numbers | {"loss": losses.pop(0)}, picture, worst
+
+    def stop(journal, lesson):
+        note(journal, lesson)
+        if lesson.step_number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(conductor, "validate", worse)
+    monkeypatch.setattr(Journal, "step", stop)
+    with pytest.raises(Stopped, match="after step 4"):
+        train(**arguments, trainer=trainer)
+    assert len(losses) == 2
+    assert train(**arguments, trainer=trainer)["steps"] == 4
+    rows = read_rows(tmp_path / "run" / "validation.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_task_without_truth_among_the_held_out_images_leaves_no_nan_in_json(tmp_path):
+    def depth_alone(number: int) -> Label:
+        label = analytic_label(number, height=32, width=48)
+        label.values = {Task.DEPTH: label.values[Task.DEPTH]}
+        return label
+
+    write_label_set(tmp_path / "depth", n=12, make=depth_alone, dataset={"tasks": ["depth"]})
+    first = next(n for n in range(99) if not in_validation(depth_alone(n).key, 0.4))
+    write_analytic_set(tmp_path / "classes", n=1, first_seed=first, height=32, width=48)
+    assert any(in_validation(key, 0.4) for key in LabelSet(tmp_path / "depth").keys)
+    result = train(
+        data=[str(tmp_path / "depth"), str(tmp_path / "classes")],
+        out=str(tmp_path / "run"),
+        student={**STUDENT, "tasks": ["depth", "semantic"]},
+        trainer={**SHORT, "val_share": 0.4},
+    )
+    assert "abs_rel" in result["validation"] and "miou" not in result["validation"]
+    document = json.loads(
+        (tmp_path / "run" / "train.json").read_text(), parse_constant=lambda text: pytest.fail(text)
+    )
+    assert document["result"]["objective"] == result["objective"]
 
 
 def test_features_by_hand():
@@ -368,17 +430,21 @@ def test_features_are_aimed_at_the_picture_before_it_was_changed(lesson, tmp_pat
     assert len(seen) == 2 and torch.equal(torch.cat(seen), whole["clean"])
 
 
-def killed_and_resumed(arguments, out, monkeypatch, *, look=lambda lesson: None) -> None:
-    """Train, but die after the third step, at which one may ``look``; then the same call again."""
-    note = Journal.step
+def crash_after(step: int, note, look=lambda lesson: None):
+    """A `Journal.step` that dies after ``step``, at which one may ``look``."""
 
     def crash(journal, lesson):
         note(journal, lesson)
-        if lesson.step_number == 3:
+        if lesson.step_number == step:
             look(lesson)
             raise MemoryError("as if killed")
 
-    monkeypatch.setattr(Journal, "step", crash)
+    return crash
+
+
+def killed_and_resumed(arguments, out, monkeypatch, *, look=lambda lesson: None) -> None:
+    """Train, but die after the third step, at which one may ``look``; then the same call again."""
+    monkeypatch.setattr(Journal, "step", crash_after(3, Journal.step, look))
     with pytest.raises(MemoryError):
         train(**arguments, out=str(out))
     monkeypatch.undo()
@@ -408,6 +474,51 @@ def test_a_lesson_with_muon_resumes_exactly(labels, tmp_path, monkeypatch):
     dense = {n for n, p in student.named_parameters() if p.ndim > 1 and 1 not in p.shape[:2]}
     assert orthogonal and orthogonal <= dense
     assert {n for n, p in student.named_parameters() if p.ndim < 2}.isdisjoint(orthogonal)
+
+
+def test_moments_follow_their_parameters_whatever_the_groups(labels, tmp_path, monkeypatch):
+    """A state that knew them by number was read into other parameters after a regrouping."""
+    arguments = {"data": labels, "student": STUDENT, "trainer": {**SHORT, "optimizer": "adamw"}}
+    train(**arguments, out=str(tmp_path / "run"))
+    real = module.parameter_groups
+
+    def turned(*given):
+        groups = list(reversed(real(*given)))
+        return [group | {"params": group["params"][::-1]} for group in groups]
+
+    note = Journal.step
+    monkeypatch.setattr(Journal, "step", crash_after(3, note))
+    with pytest.raises(MemoryError):
+        train(**arguments, out=str(tmp_path / "again"))
+    monkeypatch.setattr(Journal, "step", note)
+    monkeypatch.setattr(module, "parameter_groups", turned)
+    train(**arguments, out=str(tmp_path / "again"))
+    same_curves(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.mark.parametrize("fault", ["shape", "name"])
+def test_moments_that_fit_no_parameter_are_refused(lesson, tmp_path, fault):
+    optimizer = lesson.configure_optimizers()
+    save_state(lesson, optimizer, tmp_path / "whole")  # no moments yet
+    with safe_open(tmp_path / "whole", "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+        metadata = file.metadata()
+    name = next(n for n, _ in lesson.student.named_parameters())
+    strange = {"shape": f"optimizer.{name}.exp_avg", "name": "optimizer.nobody.exp_avg"}[fault]
+    save_file(tensors | {strange: torch.zeros(7)}, tmp_path / "bad", metadata=metadata)
+    with pytest.raises(UsageError, match=r"cannot be resumed \(moments of "):
+        load_state(lesson, tmp_path / "bad")
+
+
+def test_weights_that_are_not_finite_never_replace_a_whole_state(lesson, tmp_path):
+    optimizer = lesson.configure_optimizers()
+    save_state(lesson, optimizer, tmp_path / "state")
+    before = (tmp_path / "state").read_bytes()
+    with torch.no_grad():
+        next(lesson.student.parameters())[0, 0, 0, 0] = NAN
+    with pytest.raises(Diverged, match="weights are not finite after step 0"):
+        save_state(lesson, optimizer, tmp_path / "state")
+    assert (tmp_path / "state").read_bytes() == before
 
 
 def test_a_frozen_backbone_teaches_and_leaves_nothing_behind(labels, tmp_path, monkeypatch):
@@ -531,6 +642,17 @@ def test_init_from_other_metres_is_refused_and_from_a_pure_resize_it_is_not(tmp_
     assert about["fresh"] == ["heads.normals"]
     about, _ = start_from(vit(64, 96, canonical_focal_px=99, depth_head="bins"), path)
     assert about["fresh"] == ["heads.depth.maps.out.bias", "heads.depth.maps.out.weight"]
+
+
+@pytest.mark.parametrize("change", [{"decoder_stride": 2}, {"decoder": "dpt"}])
+def test_init_gives_no_decoder_weight_to_another_level(tmp_path, change):
+    """The decoder's parts are counted from its finest level, which is another one here."""
+    path = str(tmp_path / "old.safetensors")
+    save_student(vit(64, 96, decoder_stride=4), path, {})
+    about, _ = start_from(vit(64, 96, **{"decoder_stride": 4} | change), path)
+    fresh = [n for n in about["fresh"] if n.startswith("decoder.")]
+    assert fresh and all(n.count(".") == 1 for n in fresh)  # every part of it, as a whole
+    assert {"decoder.fuse", "decoder.lateral"} <= set(fresh)
 
 
 def test_init_says_what_starts_anew_and_which_constants_stay_behind(tmp_path):

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from analytic_scenes import write_analytic_set
+from analytic_scenes import CLASSES, analytic_label, write_analytic_set
 
 from distill.cli import run_verb
 from distill.fit_student import fit_student
-from distill.run_folder import set_identity
+from distill.run_folder import may_hold, seen_filter, set_identity
 from distill.scale_fit import (
     fit_affine,
     fit_confidence,
@@ -23,7 +23,8 @@ from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
 from teacher.jobs.licences import of_label_set
-from teacher.store import LabelSet
+from teacher.label import Task
+from teacher.store import LabelSet, write_label_set
 
 KEYS = [f"image{i}" for i in range(12)]
 
@@ -256,12 +257,40 @@ def test_a_student_is_not_fitted_to_what_it_learnt_from_nor_in_place_nor_judged_
     for limit in (0, -5):
         with pytest.raises(UsageError, match=f"limit={limit}: expected at least one image"):
             fit_student(**one, out=out, limit=limit)
+    apart = {"labels": str(tmp_path / "classes"), "checkpoint": one["checkpoint"]}
+    label = analytic_label(0, height=32, width=48)
+    label.values = {Task.SEMANTIC: label.values[Task.SEMANTIC]}
+    about = {"tasks": ["semantic"], "classes": {str(k): v for k, v in CLASSES.items()}}
+    write_label_set(tmp_path / "classes", n=1, make=lambda i: label, dataset=about)
+    with pytest.raises(UsageError, match="has semantic, the student answers depth, normals"):
+        fit_student(**apart, out=out)
     assert not (tmp_path / "b.safetensors").exists()
+    out = str(tmp_path / "new" / "b.safetensors")
     found = fit_student(**one, out=out, limit=1)
     assert "depth as it was (too few images: 1, two are needed" in found["summary"]
     about = load_student(out).provenance["calibration"]
     json.dumps(about, allow_nan=False)
     assert about["depth"]["before"] is None and not about["depth"]["kept"]
+
+
+def test_images_that_a_student_learnt_from_are_left_out_of_its_fit(tmp_path):
+    write_analytic_set(tmp_path / "learnt", n=40, height=32, width=48)
+    write_analytic_set(tmp_path / "truth", n=12, first_seed=34, height=32, width=48)
+    student = Student(backbone="test_efficientnet", height=32, width=64, tasks=["depth"]).eval()
+    parts = [set_identity(LabelSet(tmp_path / "learnt"))]
+    save_student(student, tmp_path / "a.safetensors", {"data": parts})
+    arguments = {"labels": str(tmp_path / "truth"), "out": str(tmp_path / "b.safetensors")}
+    found = fit_student(checkpoint=str(tmp_path / "a.safetensors"), **arguments)
+    assert (found["images"], found["left_out"]) == (5, 7)  # six, and one taken for known
+    assert "7 images left out, which it may have learnt from" in found["summary"]
+    keys = LabelSet(tmp_path / "learnt").keys
+    assert all(may_hold(parts[0]["seen"], keys))
+    strangers = [f"stranger {i}" for i in range(4000)]
+    many = seen_filter([f"known {i}" for i in range(4000)])
+    assert 0.005 < np.mean(may_hold(many, strangers)) < 0.04
+    save_student(student, tmp_path / "a.safetensors", {"data": [{"seen": "?"}]})
+    with pytest.raises(UsageError, match="record of the images that it learnt from is damaged"):
+        fit_student(checkpoint=str(tmp_path / "a.safetensors"), **arguments)
 
 
 def test_a_limited_fit_sees_the_whole_set_and_metres_must_be_measured(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from student.checkpoint import CheckpointError, load_student, save_student, write_atomic
@@ -16,16 +17,33 @@ def small_student() -> Student:
 
 def test_round_trip_is_exact_and_describes_itself(tmp_path):
     model, path = small_student(), tmp_path / "student.safetensors"
-    save_student(model, path, {"data": ["a"], "steps": 3})
+    save_student(model, path, {"data": [{"images": 2}], "steps": 3})
     again = load_student(path)
     image = torch.rand(1, 3, 32, 64)
     for name, value in model(image).items():
         assert torch.equal(again(image)[name], value)
     assert again.config == model.config and not again.training
-    assert again.provenance == {"data": ["a"], "steps": 3}
+    assert again.provenance == {"data": [{"images": 2}], "steps": 3}
     first = path.read_bytes()
-    save_student(model, path, {"steps": 3, "data": ["a"]})
+    save_student(model, path, {"steps": 3, "data": [{"images": 2}]})
     assert path.read_bytes() == first
+
+
+def with_config(**changes):
+    return lambda about: about | {"config": about["config"] | changes}
+
+
+CHANGES = {
+    "other config": with_config(decoder_channels=40),
+    "fetches": with_config(pretrained=True),
+    "opens": with_config(backbone_weights="/etc/passwd.safetensors"),
+    "calibration nan": with_config(calibration={"depth": [float("nan"), 0.0]}),
+    "no table": lambda about: about | {"provenance": ["x"]},
+    "config none": lambda about: about | {"config": None},
+    "data text": lambda about: about | {"provenance": {"data": "y"}},
+    "data null": lambda about: about | {"provenance": {"data": None}},
+    "calibration text": lambda about: about | {"provenance": {"calibration": "x"}},
+}
 
 
 def damaged(path: Path, tmp_path: Path, kind: str) -> Path:
@@ -45,14 +63,21 @@ def damaged(path: Path, tmp_path: Path, kind: str) -> Path:
         save_file(
             {"a": torch.zeros(2)}, out, metadata={"student": "[1]" if kind[0] == "a" else "{"}
         )
-    elif kind == "other config":
+    elif kind in CHANGES:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         about = json.loads(header["__metadata__"]["student"])
-        about["config"]["decoder_channels"] = 40
+        about = CHANGES[kind](about)
         header["__metadata__"]["student"] = json.dumps(about)
         text = json.dumps(header).encode()
         out.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    elif kind == "deep json":
+        save_file({"a": torch.zeros(2)}, out, metadata={"student": "[" * 100_000})
+    elif kind == "weight nan":
+        with safe_open(path, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            tensors["decoder.where.weight"][0, 0] = torch.nan
+            save_file(tensors, out, metadata=file.metadata())
     elif kind == "folder":
         out.mkdir()
     return out
@@ -69,6 +94,16 @@ def damaged(path: Path, tmp_path: Path, kind: str) -> Path:
         ("torn json", "a safetensors file without our metadata"),
         ("a list", "a safetensors file without our metadata"),
         ("other config", "its config and its weights do not fit"),
+        ("deep json", "a safetensors file without our metadata"),
+        ("fetches", "its config has pretrained, which only a training may say"),
+        ("opens", "its config has backbone_weights, which only a training may say"),
+        ("no table", "its provenance is no table"),
+        ("config none", "its config is no table"),
+        ("data text", "its provenance's data is no list of tables"),
+        ("data null", "its provenance's data is no list of tables"),
+        ("calibration text", "its provenance's calibration is no table"),
+        ("calibration nan", "expected two finite numbers"),
+        ("weight nan", r"not finite: decoder\.where\.weight"),
         ("folder", "a folder; expected RUN/student.safetensors"),
         ("missing", "no such file; expected RUN/student.safetensors"),
     ],

@@ -4,8 +4,11 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 
+from distill.features import frozen
 from student.backbone import StudentError, WeightsUnavailable
+from student.checkpoint import save_student
 from student.decoder import coordinates
 from student.heads import SubPixel
 from student.model import Student
@@ -135,6 +138,7 @@ def test_presets_keep_their_size(name, millions):
         ({"uncertainty": "no"}, r"student\.uncertainty='no' \(str\): expected true or false"),
         ({"pretrained": "no"}, r"student\.pretrained='no' \(str\): expected true or false"),
         ({"canonical_focal_px": "wide"}, r"px='wide' \(str\): expected a number or null"),
+        ({"calibration": {"depth": [float("nan"), 0.0]}}, r"expected two finite numbers each"),
         ({"calibration": "abc"}, r"calibration='abc' \(str\): expected a table, .* or null"),
         ({"tasks": None}, r"student\.tasks=None \(NoneType\): expected a list, .*tasks=\["),
         ({"tasks": "depth"}, r"student\.tasks='depth' \(str\): expected a list, .*tasks=\["),
@@ -158,9 +162,48 @@ def test_the_size_hinted_at_is_one_that_the_decoder_takes_too(stride, near):
     assert answer["depth"].shape == (1, 1, *near)
 
 
-def test_weights_from_a_local_file_and_never_from_a_pickle(tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("decoder", ["fpn", "dpt"])
+@pytest.mark.parametrize("stride", [2, 4])
+def test_levels_smaller_than_their_strides_promise_are_taken_as_they_are(decoder, stride):
+    """pit_ti_224 pads nothing in its first layer: 27 rows at stride 8 of 224, where 28 would be."""
+    model = Student(
+        **{**SMALL, "backbone": "pit_ti_224", "height": 224, "width": 224},
+        decoder=decoder,
+        decoder_stride=stride,
+    )
+    assert model.backbone.sizes[0] == (27, 27) and model.backbone.strides[0] == 8
+    with torch.inference_mode():
+        answer = model.eval()(torch.rand(1, 3, 224, 224))
+    assert answer["depth"].shape == (1, 1, 224, 224)
 
+
+@pytest.mark.parametrize(
+    "backbone, text",
+    [
+        ("nest_tiny", r"'nest_tiny' cannot give .*: Model only handles square inputs"),
+        ("mvitv2_tiny", r"'mvitv2_tiny' cannot give .*: a bare AssertionError"),
+        ("convit_tiny", r"'convit_tiny' cannot look at pictures of 192x256 px .*tensor"),
+    ],
+)
+def test_a_backbone_that_cannot_look_at_such_pictures_is_named(backbone, text):
+    with pytest.raises(StudentError, match=text):
+        Student(**{**SMALL, "backbone": backbone, "height": 192, "width": 256})
+
+
+@pytest.mark.parametrize("strange", ["nobody's", "a student's"])
+def test_weights_of_something_else_are_refused_and_not_left_to_chance(tmp_path, strange):
+    path = tmp_path / "weights.safetensors"
+    if strange == "a student's":
+        save_student(Student(**SMALL), path, {})
+    else:
+        save_file({"something": torch.zeros(3)}, path)
+    with pytest.raises(StudentError, match=r"has nothing for \d+ tensors of test_efficientnet"):
+        Student(**SMALL, backbone_weights=str(path))
+    with pytest.raises(StudentError, match=r"has nothing for \d+ tensors of test_efficientnet"):
+        frozen({"name": "test_efficientnet", "weights": str(path)}, height=32, width=32)
+
+
+def test_weights_from_a_local_file_and_never_from_a_pickle(tmp_path):
     whole = timm.create_model("test_efficientnet", num_classes=0)
     torch.nn.init.constant_(whole.conv_stem.weight, 0.125)
     path = tmp_path / "backbone.safetensors"

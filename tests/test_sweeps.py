@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from analytic_scenes import write_analytic_set
 
+from distill.module import Diverged
 from teacher.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,30 @@ def test_optuna_searches_and_goes_on(labels, tmp_path, monkeypatch):
     study = main(["trials=3", *arguments])
     assert len(study.trials) == 3 and study.best_value > 0
     assert (tmp_path / "search" / "trial-2" / "student.safetensors").is_file()
+
+
+def test_a_mistake_uses_up_no_trial_and_all_may_diverge(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
+    import optuna_search
+
+    def raising(error):
+        def run(*_):
+            raise error
+
+        return run
+
+    arguments = ["trials=2", f"out={tmp_path}/search"]
+    monkeypatch.setattr(optuna_search, "run_verb", raising(UsageError("no such folder")))
+    for _ in range(3):
+        with pytest.raises(UsageError, match="no such folder"):
+            optuna_search.main(arguments)
+    monkeypatch.setattr(optuna_search, "run_verb", raising(Diverged("nan")))
+    study = optuna_search.main(arguments)
+    assert optuna_search.finished(study) == 2 and len(study.trials) == 5
+    assert "none of 2 trials came to an end: all diverged" in capsys.readouterr().out
+    monkeypatch.setattr(optuna_search, "run_verb", lambda *_: pytest.fail("a third trial"))
+    optuna_search.main(arguments)
 
 
 def test_a_search_without_held_out_images_says_what_is_missing(tmp_path, monkeypatch):

@@ -334,6 +334,13 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
             "trainer.batch_size=6: expected",
         ),
         ({"trainer": {**TRAINER, "batch_size": 4, "accumulate": 4, "devices": 2}}, "= 4 x 2"),
+        (
+            {
+                "student": {**STUDENT, "height": 32, "width": 32},
+                "trainer": {**TRAINER, "batch_size": 2, "accumulate": 2},
+            },
+            "one image a pass, whose coarsest features are a single cell",
+        ),
         ({"student": {**STUDENT, "decodr": 3}}, "student: no key decodr; the keys are backbone"),
         ({"student": {**STUDENT, "calibration": {}}}, "student: no key calibration; the keys are"),
         ({"student": {"backbone": "test_resnet"}}, "student: height and width must be given"),

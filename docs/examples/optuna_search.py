@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import optuna
-from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
 from distill.cli import run_verb
@@ -35,7 +34,11 @@ def main(arguments: list[str]) -> optuna.Study:
             "out": out / f"trial-{trial.number}",
         }
         overrides = [f"{k}={v}" for k, v in (options | chosen).items()]
-        loss = run_verb("train", overrides)["objective"]
+        try:
+            loss = run_verb("train", overrides)["objective"]
+        except Diverged:
+            trial.set_user_attr("diverged", True)
+            raise
         if loss is None:
             raise UsageError(
                 f"trainer.val_share={options.get('trainer.val_share')}: found no held-out image, "
@@ -46,12 +49,21 @@ def main(arguments: list[str]) -> optuna.Study:
     study = optuna.create_study(
         study_name="distill", storage=f"sqlite:///{out}/study.db", load_if_exists=True
     )
-    over = (TrialState.COMPLETE, TrialState.FAIL)
-    if len(study.get_trials(states=over)) < trials:
-        enough = MaxTrialsCallback(trials, states=over)
-        study.optimize(objective, callbacks=[enough], catch=(Diverged,))
-    print(f"best of {len(study.trials)}: loss {study.best_value:.4f} with {study.best_params}")
+    while finished(study) < trials:  # by all processes together
+        study.optimize(objective, n_trials=1, catch=(Diverged,))
+    if study.get_trials(states=[TrialState.COMPLETE]):
+        print(f"best of {finished(study)}: {study.best_value:.4f} with {study.best_params}")
+    else:
+        print(f"none of {finished(study)} trials came to an end: all diverged")
     return study
+
+
+def finished(study: optuna.Study) -> int:
+    """Trials that came to an end or diverged; not those that a mistake or a kill ended."""
+    return sum(
+        t.state is TrialState.COMPLETE or "diverged" in t.user_attrs
+        for t in study.get_trials(deepcopy=False)
+    )
 
 
 if __name__ == "__main__":
