@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.run_folder import may_hold, set_identity
+from distill.run_folder import learnt_from, may_hold, set_identity
 from distill.samples import Frame, compact, make_sample
 from distill.scale_fit import Fit, Pair, fit_confidence, fit_scale, fit_uncertainty
 from student.checkpoint import load_student, save_student, write_atomic
@@ -160,8 +160,8 @@ def fit_student(
 
 
 def _unlearnt(student: Student, truth: LabelSet) -> list[str]:
-    """The keys of ``truth`` that none of the student's own label sets has."""
-    parts = student.provenance.get("data", [])
+    """The keys of ``truth`` that neither the student nor what it began as learnt from."""
+    parts = learnt_from(student.provenance)
     if set_identity(truth)["keys"] in [part.get("keys") for part in parts]:
         return []
     learnt = np.zeros(len(truth.keys), bool)

@@ -81,10 +81,11 @@ def save_state(lesson: Lesson, optimizer: torch.optim.Optimizer, path: Path) -> 
             "the last checkpoint is intact. Try a smaller trainer.lr "
             f"(now {lesson.config.lr:g}) or trainer.precision=fp32."
         )
+    names = lesson.names()
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():  # all else follows from the parameters' shapes
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{lesson.names()[parameter]}.{name}"] = value
+                tensors[f"optimizer.{names[parameter]}.{name}"] = value
     if lesson.features is not None:
         tensors |= {f"features.{k}": v for k, v in lesson.features.state_dict().items()}
     facts = {name: getattr(lesson, attribute) for name, attribute in FACTS.items()}

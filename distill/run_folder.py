@@ -59,6 +59,12 @@ def set_identity(labels: LabelSet) -> dict[str, Any]:
     return {**about, "seen": seen_filter(labels.keys), **kept}
 
 
+def learnt_from(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """The label sets (`set_identity`) of a student and of those that it began as (``init=``)."""
+    every = [*provenance.get("data", []), *((provenance.get("init") or {}).get("data") or [])]
+    return [{k: part[k] for k in ("plan_hash", "keys", "seen") if k in part} for part in every]
+
+
 def seen_filter(keys: Sequence[str]) -> str:
     """A Bloom filter (Bloom 1970) of keys in base64: 8 bits and `PROBES` probes a key."""
     bits = np.zeros(8 * max(1, len(keys)), bool)
@@ -135,5 +141,19 @@ def differences(now: dict[str, Any], found: dict[str, Any]) -> list[str]:
         for key in {**now[group], **old}:
             if now[group].get(key) != old.get(key):
                 names.append(f"{group}.{key} (was {old.get(key)}, now {now[group].get(key)})")
-    names += [key for key in ("data", "weights", "features", "init") if now[key] != found.get(key)]
+    for key in ("data", "weights", "features", "init"):
+        if _pinned(now[key]) != _pinned(found.get(key)):
+            names.append(key)
     return names
+
+
+def _pinned(value: Any) -> Any:
+    """``value`` without what follows from the rest: ``seen`` from ``keys``, an ancestor's data."""
+    if isinstance(value, dict):
+        return {k: v for k, v in value.items() if k != "data"}
+    if isinstance(value, list):
+        return [
+            {k: v for k, v in part.items() if k != "seen"} if isinstance(part, dict) else part
+            for part in value
+        ]
+    return value

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distill.run_folder import learnt_from
 from student.backbone import resampled_positions
 from student.checkpoint import load_student
 from student.model import Student
@@ -23,8 +24,8 @@ def start_from(model: Student, path: str) -> tuple[dict[str, Any], list[dict[str
     keeps its fresh start; so does a decoder of another kind or stride. Position embeddings follow
     the input size. Returns what was done (``sha256``, ``taken``: tensors, ``resampled``: position
     embeddings among them, ``fresh``: parts that start anew, a tensor's name where its part was
-    taken otherwise, ``unfitted``: constants fitted to truth that were left behind) and the licence
-    ledger of that student.
+    taken otherwise, ``unfitted``: constants fitted to truth that were left behind, ``data``: the
+    label sets that it learnt from) and the licence ledger of that student.
 
     Raises:
         UsageError: another backbone, another canonical camera.
@@ -53,6 +54,7 @@ def start_from(model: Student, path: str) -> tuple[dict[str, Any], list[dict[str
         "resampled": sorted(resampled),
         "fresh": _fresh(list(mine), fits),
         "unfitted": sorted(other.config["calibration"]),
+        "data": learnt_from(other.provenance),
     }
     return about, of_student(other.provenance)
 

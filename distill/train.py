@@ -152,12 +152,12 @@ def _train(
         frozen = lesson.features.teacher[0]
         own = entry("feature teacher", str(features["name"]), frozen.licence)
         ledger = merged(ledger, [own], getattr(frozen, "licences", []))
-    alone = config.batch_size == config.accumulate * config.devices
-    if alone and model.backbone.sizes[-1] == (1, 1):
+    levels: Any = [*model.backbone.sizes, *model.decoder.sizes]  # type: ignore[misc]
+    if config.batch_size == config.accumulate and (1, 1) in levels:
         raise UsageError(
-            f"trainer.batch_size={config.batch_size} in {config.accumulate} pass(es) of "
-            f"{config.devices} process(es): one image a pass, whose coarsest features are a single "
-            "cell at this size, has no batch statistics. Give a pass two images, or larger pictures"
+            f"trainer.batch_size={config.batch_size} in {config.accumulate} pass(es): one image a "
+            "pass, whose coarsest features are a single cell at this size, has no batch "
+            "statistics. Give a pass two images, or larger pictures"
         )
     identity = identity_of(config, model, student, sets) | {
         "weights": weights,

@@ -104,7 +104,8 @@ class Delivered(nn.Module):
 def _carried(provenance: dict[str, Any]) -> dict[str, Any]:
     """What travels in a graph: all but the filters of single images, a byte for each."""
     parts = [{k: v for k, v in p.items() if k != "seen"} for p in provenance.get("data", [])]
-    return provenance | ({"data": parts} if parts else {})
+    init = {k: v for k, v in (provenance.get("init") or {}).items() if k != "data"}
+    return provenance | ({"data": parts} if parts else {}) | ({"init": init} if init else {})
 
 
 def card_of(

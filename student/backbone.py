@@ -70,7 +70,7 @@ def _create(name: str, *, pretrained: bool, weights: str, options: dict[str, Any
         SafetensorError,
     ) as error:
         if overlay:
-            raise _unavailable(name, error) from error
+            raise _unavailable(name, error, weights) from error
         raise StudentError(
             f"student backbone {name!r} cannot give feature maps (timm features_only): "
             f"{_said(error)}"
@@ -82,10 +82,11 @@ def _said(error: Exception) -> str:
 
 
 def _refuse_strangers(made: Any, name: str, weights: str, options: dict[str, Any]) -> None:
-    """`StudentError` if parts of ``made`` are chance and not from the file.
+    """`StudentError` if kernels or matrices of ``made`` are chance and not from the file.
 
     `timm` loads feature maps leniently: a file of another model fills nothing. What is chance
-    differs from seed to seed, whatever the file calls its tensors.
+    differs from seed to seed, whatever the file calls its tensors. Norms start as constants, so a
+    file that lacks those alone is not told.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed() + 1)
@@ -102,11 +103,19 @@ def _refuse_strangers(made: Any, name: str, weights: str, options: dict[str, Any
         )
 
 
-def _unavailable(name: str, error: Exception) -> WeightsUnavailable:
-    return WeightsUnavailable(
-        f"weights for backbone {name!r} could not be loaded: {type(error).__name__}: {error}. "
+def _unavailable(name: str, error: Exception, weights: str) -> WeightsUnavailable:
+    hint = (
         "Train from scratch with student.pretrained=false, or point student.backbone_weights at a "
         "local .safetensors file; HF_HUB_OFFLINE and HF_ENDPOINT are honoured."
+    )
+    if weights:
+        hint = (
+            f"It was read from {weights}. Where sizes do not fit, it is another model's file, or "
+            "this model takes its weights at its own input size only (student.height and width)."
+        )
+    return WeightsUnavailable(
+        f"weights for backbone {name!r} could not be loaded: {type(error).__name__}: {error}. "
+        f"{hint}"
     )
 
 

@@ -106,11 +106,12 @@ def _wrong(about: dict[str, Any]) -> str:
     if strange:  # loading fetches nothing and opens no other file
         return f"its config has {', '.join(sorted(strange))}, which only a training may say"
     provenance = about["provenance"]
-    data = provenance.get("data", [])
-    if not isinstance(data, list) or not all(isinstance(part, dict) for part in data):
-        return "its provenance's data is no list of tables"
-    if not isinstance(provenance.get("calibration", {}), dict):
-        return "its provenance's calibration is no table"
+    for name in ("calibration", "init"):
+        if not isinstance(provenance.get(name) or {}, dict):
+            return f"its provenance's {name} is no table"
+    for data in (provenance.get("data", []), (provenance.get("init") or {}).get("data", [])):
+        if not isinstance(data, list) or not all(isinstance(part, dict) for part in data):
+            return "its provenance's data is no list of tables"
     return ""
 
 

@@ -139,8 +139,10 @@ def test_metadata_says_units_frame_classes_camera_licences_and_student(exported)
 def test_the_filter_of_single_images_stays_behind():
     """A byte for each image of the training: for `distill calibrate`, not for a device."""
     student = Student(backbone="test_efficientnet", height=32, width=64, tasks=["depth"])
-    student.provenance = {"steps": 3, "data": [{"plan_hash": "x", "seen": "AA=="}]}
-    assert card_of(student).provenance == {"steps": 3, "data": [{"plan_hash": "x"}]}
+    data = [{"plan_hash": "x", "seen": "AA=="}]
+    student.provenance = {"steps": 3, "data": data, "init": {"taken": 2, "data": data}}
+    expected = {"steps": 3, "data": [{"plan_hash": "x"}], "init": {"taken": 2}}
+    assert card_of(student).provenance == expected
     assert student.provenance["data"][0]["seen"] == "AA=="
 
 

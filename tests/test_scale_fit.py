@@ -8,7 +8,7 @@ from analytic_scenes import CLASSES, analytic_label, write_analytic_set
 
 from distill.cli import run_verb
 from distill.fit_student import fit_student
-from distill.run_folder import may_hold, seen_filter, set_identity
+from distill.run_folder import learnt_from, may_hold, seen_filter, set_identity
 from distill.scale_fit import (
     fit_affine,
     fit_confidence,
@@ -283,6 +283,10 @@ def test_images_that_a_student_learnt_from_are_left_out_of_its_fit(tmp_path):
     found = fit_student(checkpoint=str(tmp_path / "a.safetensors"), **arguments)
     assert (found["images"], found["left_out"]) == (5, 7)  # six, and one taken for known
     assert "7 images left out, which it may have learnt from" in found["summary"]
+    begun = {"data": [], "init": {"data": learnt_from({"data": parts})}}  # its ancestor did
+    save_student(student, tmp_path / "c.safetensors", begun)
+    again = fit_student(checkpoint=str(tmp_path / "c.safetensors"), **arguments)
+    assert again["left_out"] == 7
     keys = LabelSet(tmp_path / "learnt").keys
     assert all(may_hold(parts[0]["seen"], keys))
     strangers = [f"stranger {i}" for i in range(4000)]

@@ -41,6 +41,8 @@ CHANGES = {
     "no table": lambda about: about | {"provenance": ["x"]},
     "config none": lambda about: about | {"config": None},
     "data text": lambda about: about | {"provenance": {"data": "y"}},
+    "init text": lambda about: about | {"provenance": {"init": "y"}},
+    "init data": lambda about: about | {"provenance": {"init": {"data": None}}},
     "data null": lambda about: about | {"provenance": {"data": None}},
     "calibration text": lambda about: about | {"provenance": {"calibration": "x"}},
 }
@@ -100,6 +102,8 @@ def damaged(path: Path, tmp_path: Path, kind: str) -> Path:
         ("no table", "its provenance is no table"),
         ("config none", "its config is no table"),
         ("data text", "its provenance's data is no list of tables"),
+        ("init text", "its provenance's init is no table"),
+        ("init data", "its provenance's data is no list of tables"),
         ("data null", "its provenance's data is no list of tables"),
         ("calibration text", "its provenance's calibration is no table"),
         ("calibration nan", "expected two finite numbers"),

@@ -74,9 +74,9 @@ def test_dpt_resamples_a_plain_transformer_and_keeps_a_pyramid(channels):
     plain = len(set(channels)) == 1
     strides = [14] * 4 if plain else [4, 8, 16, 32]
     height, width = (70, 98) if plain else (64, 96)
-    decoder = DptDecoder(
-        channels=channels, strides=strides, height=height, width=width, stride=2, base=16
-    )
+    sizes = [(height // s, width // s) for s in strides]
+    plan = {"channels": channels, "strides": strides, "sizes": sizes}
+    decoder = DptDecoder(**plan, height=height, width=width, stride=2, base=16)
     maps = [
         torch.randn(1, c, height // s, width // s) for c, s in zip(channels, strides, strict=True)
     ]
@@ -201,8 +201,11 @@ def test_calibrated_students_change_by_their_constants_and_rebuild():
     [
         ({"decoder": "unet"}, r"decoder='unet': expected \['fpn', 'dpt'\]"),
         ({"depth_head": "ordinal"}, r"expected \['log', 'bins', 'mixture'\]"),
-        ({"calibration": {"sky": [1, 0]}}, r"expected two numbers each for some of \['depth'"),
-        ({"calibration": {"depth": [1]}}, r"expected two numbers each"),
+        (
+            {"calibration": {"sky": [1, 0]}},
+            r"expected two finite numbers each for some of \['depth'",
+        ),
+        ({"calibration": {"depth": [1]}}, r"expected two finite numbers each"),
     ],
 )
 def test_impossible_choices_are_explained(change, text):

@@ -341,6 +341,14 @@ def test_a_student_learns_the_analytic_scenes(tmp_path):
             },
             "one image a pass, whose coarsest features are a single cell",
         ),
+        (
+            {
+                "student": {**STUDENT, "backbone": "test_vit", "decoder": "dpt", "height": 32}
+                | {"width": 32},
+                "trainer": {**TRAINER, "batch_size": 1},
+            },
+            "one image a pass, whose coarsest features are a single cell",
+        ),
         ({"student": {**STUDENT, "decodr": 3}}, "student: no key decodr; the keys are backbone"),
         ({"student": {**STUDENT, "calibration": {}}}, "student: no key calibration; the keys are"),
         ({"student": {"backbone": "test_resnet"}}, "student: height and width must be given"),
@@ -377,6 +385,23 @@ def test_more_processes_than_gpus_or_than_parts_of_a_batch_are_refused(
     with pytest.raises(EnvironmentFailure, match=r"devices=2: torch sees 1 CUDA"):
         train(**run, trainer=TRAINER | {"device": "auto", "devices": 2})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_that_knows_its_images_by_one_hash_only_is_the_same_run(
+    whole_run, labels, tmp_path
+):
+    """Runs of before had no filter of single images; `keys` pins the set all the same."""
+    out = tmp_path / "run"
+    shutil.copytree(whole_run[0], out)
+    document = json.loads((out / "train.json").read_text())
+    assert document["data"][0].pop("seen")
+    (out / "train.json").write_text(json.dumps(document))
+    again = train(data=str(labels), out=str(out), student=STUDENT, trainer=TRAINER)
+    assert "already trained" in again["summary"]
+    document["data"][0]["keys"] = "0" * 64
+    (out / "train.json").write_text(json.dumps(document))
+    with pytest.raises(UsageError, match="another run; different: data"):
+        train(data=str(labels), out=str(out), student=STUDENT, trainer=TRAINER)
 
 
 def test_a_folder_with_something_else_or_another_run_is_refused(whole_run, labels, tmp_path):
