@@ -72,7 +72,7 @@ def curve(rows: Sequence[Mapping[str, float]], names: Sequence[str], *, title: s
         y, value = 8 + (1 - share) * (height - bottom - 8), low + share * span_y
         parts.append(
             f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eaeef2"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>'
         )
     for share in (0.0, 1.0):
         anchor = "start" if share == 0 else "end"
@@ -102,6 +102,12 @@ def curve(rows: Sequence[Mapping[str, float]], names: Sequence[str], *, title: s
         f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
         f"<figcaption>{html.escape(title)}: {legend}</figcaption></figure>"
     )
+
+
+def _tick(value: float) -> str:
+    """A number that fits beside a chart."""
+    text = f"{value:.3g}"
+    return text if len(text) < 8 else f"{value:.1e}"
 
 
 def _thinned(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
@@ -194,7 +200,10 @@ def write_report(
     """
     last = (read_rows(folder / "metrics.csv") or [{}])[-1]
     done = int(last.get("step", 0))
-    state = result["summary"] if result else f"step {done} of {identity['trainer']['steps']}"
+    trainer = identity["trainer"]
+    state = result["summary"] if result else f"step {done} of {trainer['steps']}"
+    if not result and trainer.get("minutes"):
+        state += f" at most, in {trainer['minutes']:g} minutes at most"
     warning = f'<p class="bad">{skipped} step(s) skipped, not finite.</p>' if skipped else ""
     numbers = _table(result["validation"]) if result else ""
     body = (

@@ -704,6 +704,8 @@ def test_a_curve_is_drawn_to_scale_and_skips_what_is_not_finite():
     assert points == ["52.0,206.0", "480.0,8.0"]  # lowest left, highest right
     assert "a &lt;b&gt;" in drawn and ">2<" in drawn and "absent" not in drawn
     assert curve(rows[1:2], ["a"], title="nothing") == ""
+    tiny = [{"step": s, "lr": v} for s, v in ((0, 0.000165), (9, 0.006))]
+    assert {">1.6e-04<", ">0.006<"} <= set(re.findall(r">[^<>]+<", curve(tiny, ["lr"], title="")))
     long = [{"step": s, "a": float(s % 2)} for s in range(5000)]
     assert curve(long, ["a"], title="long").count(",") < 900
 
@@ -743,8 +745,11 @@ def test_the_report_shows_curves_and_the_worst_cases_and_needs_no_network(labels
     identity = {"student": {}, "trainer": {"steps": 3}, "data": []}
     write_report(out, identity, worst=[], skipped=2)
     page = (out / "report.html").read_text()
-    assert "step 0 of 3" in page and "2 step(s) skipped, not finite" in page
+    assert "step 0 of 3</p>" in page and "2 step(s) skipped, not finite" in page
     assert np.isnan(read_rows(out / "absent.csv") or [NAN]).all()
+    write_report(out, identity | {"trainer": {"steps": 3, "minutes": 2.5}}, worst=[], skipped=0)
+    page = (out / "report.html").read_text()
+    assert "step 0 of 3 at most, in 2.5 minutes at most</p>" in page
 
 
 def test_a_student_alone_is_judged_before_any_export(labels, tmp_path):
