@@ -1,7 +1,10 @@
-"""The shipped mini generator: reads new wordings, follows palettes, refuses, is roughly right.
+"""The shipped weights: the mini generator reads new wordings, follows palettes, refuses, is roughly
+right; its student is nearly as right.
 
 The numbers on held-out scenes are in docs/results.md; these tests hold what must never break.
 """
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from mini_rooms import room
 
 from distill.tune.readings import STYLES, framed
 from distill.tune.scenes_cache import depth_codes, depth_of_codes_m
+from export.runtimes import open_runtime
 from teacher import prompts, wordings
 from teacher.confidence import Calibration
 from teacher.errors import UsageError
@@ -17,7 +21,10 @@ from teacher.generators.mini import MiniTeacher
 from teacher.generators.mini_generator import MiniGenerator, noise_for
 from teacher.label import Task
 from teacher.scenes import make_scenes
+from teacher.score import score
 from teacher.store import LabelSet
+
+STUDENT = Path(__file__).parents[1] / "student" / "weights" / "small-scenes.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +180,29 @@ def test_a_picture_with_two_readings_gets_both_from_32_seeds_and_hardly_a_blend(
         nearest.append(int(np.argmin(distance)))
     assert 8 <= sum(nearest) <= 24
     assert blends <= 2  # a noise whose mean is nearly zero chooses neither
+
+
+def test_the_shipped_student_is_nearly_as_right_as_one_answer_of_its_teacher(tmp_path):
+    """On new held-out scenes; docs/results.md has the numbers of five hundred."""
+    folder = tmp_path / "set"
+    make_scenes(out=str(folder), n=12, seed=700, split="heldout", samples=6, shard_size=12)
+    labels = LabelSet(folder)
+    once = MiniTeacher(mirror=False, crops=0)
+
+    def answered(label):
+        query = Query(key=label.key, image=label.image, camera=label.camera)
+        answer = once.answer([query], [Task.DEPTH, Task.NORMALS])[0]
+        return {str(task): answer[task].values for task in answer}
+
+    with open_runtime(STUDENT) as runtime:
+
+        def said(label):
+            out = runtime(label.image[None], np.array([label.camera.fx]))
+            metres = np.where(out["sky"][0] > 0.5, np.inf, out["depth"][0])
+            return {"depth": metres, "normals": out["normals"][0].transpose(1, 2, 0)}
+
+        student = score(said, labels, tasks=["depth", "normals"])["mean"]
+    teacher = score(answered, labels, tasks=["depth", "normals"])["mean"]
+    print(student, teacher)
+    assert student["depth"]["delta1"] > teacher["depth"]["delta1"] - 0.05
+    assert student["normals"]["mean_deg"] < teacher["normals"]["mean_deg"] + 3
