@@ -1,0 +1,1 @@
+"""The shipped student's weights (safetensors): ``student=small`` of the mini teacher."""
