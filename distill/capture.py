@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from distill.data import in_passes
 from distill.losses import all_losses
 from distill.precision import DepthwiseInFloat32, autocast
 from student.checkpoint import write_atomic
@@ -85,18 +86,16 @@ def replay(path: str | Path) -> dict[str, Any]:
     DepthwiseInFloat32.within(student, facts["precision"], "cpu")
     student.train()
     passes = facts.get("accumulate", 1)
-    share = len(batch["image"]) // passes
     sums: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
-    for part in range(passes):  # as in `Lesson`
-        piece = {k: v[part * share : (part + 1) * share] for k, v in batch.items()}
+    for number, piece in enumerate(in_passes(batch, passes), 1):
         with autocast(facts["precision"], "cpu"):
             answer = student(piece["image"])
         losses = all_losses({k: v.float() for k, v in answer.items()}, piece)
         (losses["total"] / passes).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / passes
-        where = f", pass {part + 1}" if passes > 1 else ""
+        where = f", pass {number}" if passes > 1 else ""
         seen |= {f"loss {k}{where}": v for k, v in losses.items()}
         seen |= {f"answer {k}{where}": v for k, v in answer.items()}
     seen |= {f"batch {k}": v for k, v in batch.items() if k in ("image", "focal_px", "centre_px")}

@@ -215,6 +215,7 @@ class Conductor(L.Callback):
         early = "" if lesson.progress() >= 1 else ", stopped early"
         bad = self.data.bad_pixels()
         masked = f", {sum(bad.values())} impossible label pixels masked" if bad else ""
+        numbers = self._plain()
         names = (STEPS, VALIDATIONS, PICTURE, "tensorboard", REPORT)
         return {
             "summary": f"{self.folder / STUDENT}: {lesson.step_number} steps in {seconds:.0f} s "
@@ -226,7 +227,7 @@ class Conductor(L.Callback):
             "seconds": round(seconds, 1),
             "outside_steps": round(1 - lesson.busy_s / max(here_s, 1e-9), 4),
             "images_per_s": round(images_per_s, 2),
-            "objective": self._plain().get("loss"),
-            "validation": {k: v if v is None else round(v, 6) for k, v in self._plain().items()},
+            "objective": numbers.get("loss"),
+            "validation": {k: v if v is None else round(v, 6) for k, v in numbers.items()},
             "logs": [str(self.folder / n) for n in names],
         }

@@ -275,6 +275,13 @@ def _finished(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return sample
 
 
+def in_passes(batch: Mapping[str, Tensor], passes: int) -> Iterator[dict[str, Tensor]]:
+    """A batch in as many equal stretches, so that those of all processes are one's of one."""
+    share = len(batch["image"]) // passes
+    for part in range(passes):
+        yield {k: v[part * share : (part + 1) * share] for k, v in batch.items()}
+
+
 def collate(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """Stack samples to tensors."""
     return {k: torch.from_numpy(np.stack([s[k] for s in samples])) for k in samples[0]}

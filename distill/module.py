@@ -19,6 +19,7 @@ from timm.optim import Muon
 from torch import Tensor, nn
 
 from distill.capture import save_capture
+from distill.data import in_passes
 from distill.features import FeatureLoss
 from distill.losses import all_losses
 from distill.parallel import add_gradients, agreed, rank
@@ -245,10 +246,8 @@ class Lesson(L.LightningModule):
     def _backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Forward and backward over the batch, in as many passes as configured; mean losses."""
         passes = self.config.accumulate
-        share = len(batch["image"]) // passes
         sums: dict[str, Tensor] = {}
-        for part in range(passes):  # stretches, so that those of all processes are one's of one
-            piece = {k: v[part * share : (part + 1) * share] for k, v in batch.items()}
+        for piece in in_passes(batch, passes):
             image = piece["image"].contiguous(memory_format=torch.channels_last)
             with autocast(self.precision_name, self.device.type):
                 answer = self.student(image)

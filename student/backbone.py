@@ -56,11 +56,6 @@ def _create(name: str, *, pretrained: bool, weights: str, options: dict[str, Any
         overlay = {"pretrained": True}
     try:
         made = timm.create_model(name, features_only=True, **options, **overlay)
-        if weights:
-            _refuse_strangers(made, name, weights, options | overlay)
-        return made
-    except StudentError:
-        raise
     except (
         RuntimeError,
         AttributeError,
@@ -75,6 +70,9 @@ def _create(name: str, *, pretrained: bool, weights: str, options: dict[str, Any
             f"student backbone {name!r} cannot give feature maps (timm features_only): "
             f"{_said(error)}"
         ) from error
+    if weights:
+        _refuse_strangers(made, name, weights, options | overlay)
+    return made
 
 
 def _said(error: Exception) -> str:
