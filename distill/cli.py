@@ -253,25 +253,11 @@ def handled_signals(grace_s: float | None = None) -> Iterator[None]:
     remove.
     """
     seen: list[int] = []
-    patience: list[threading.Timer] = []
-
-    def give_up(number: int) -> None:
-        print(
-            f"distill: not done {grace_s:g} s after the signal, so it ended at once (a disk may "
-            "hang). Sealed shards are intact; the same command goes on.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(128 + number)
 
     def handle(number: int, _: object) -> None:
         seen.append(number)
         if len(seen) > 1:
             os._exit(128 + number)
-        if grace_s is not None:
-            patience.append(threading.Timer(grace_s, give_up, [number]))
-            patience[0].daemon = True
-            patience[0].start()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Interrupted("terminated (SIGTERM); the same command goes on where it stopped.")
@@ -281,12 +267,47 @@ def handled_signals(grace_s: float | None = None) -> Iterator[None]:
     if before[signal.SIGINT] is not signal.SIG_IGN:  # `nohup`, `&` in a script
         signal.signal(signal.SIGINT, handle)
     try:
-        yield
+        with contextlib.nullcontext() if grace_s is None else ended_after(grace_s):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for timer in patience:
-            timer.cancel()
+
+
+@contextlib.contextmanager
+def ended_after(grace_s: float) -> Iterator[None]:
+    """Whatever still runs ``grace_s`` seconds after a SIGTERM or SIGINT is ended.
+
+    A thread hears of the signal from the interpreter's wakeup descriptor. The main one may be in a
+    wait that the signal does not end, since it came just before it or to another thread, and then
+    no handler written in Python ever runs.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while told := os.read(reading, 1):
+            if told[0] in (signal.SIGTERM, signal.SIGINT) and not over.wait(grace_s):
+                print(
+                    f"distill: not done {grace_s:g} s after the signal, so it ended at once (a "
+                    "disk may hang). Sealed shards are intact; the same command goes on.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(128 + told[0])
+        os.close(reading)
+
+    watcher = threading.Thread(target=watch, daemon=True, name="grace")
+    watcher.start()
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        over.set()
+        os.close(writing)
+        watcher.join()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

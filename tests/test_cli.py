@@ -1,8 +1,12 @@
 """The command: exit codes, one paragraph for each kind of bad use, no traceback for users."""
 
 import errno
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -117,6 +121,48 @@ def test_the_installed_command_finds_its_configuration(tmp_path):
     assert seen.returncode == 2
     assert "images=nowhere" in seen.stderr
     assert not list(tmp_path.iterdir())
+
+
+DEAF = """
+import signal, sys, threading, time
+from distill import cli
+
+hung = threading.Lock()
+hung.acquire()
+with cli.handled_signals(0.5):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def hears():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        print("ready", flush=True)
+        time.sleep(60)
+
+    threading.Thread(target=hears, daemon=True).start()
+    hung.acquire()
+"""
+
+
+def test_a_signal_that_the_main_thread_never_hears_of_ends_the_job_after_the_grace_time():
+    """It hangs in a wait, and another thread got the signal: no Python handler can run."""
+    job = subprocess.Popen([sys.executable, "-c", DEAF], stdout=-1, stderr=-1, text=True)
+    try:
+        assert job.stdout.readline() == "ready\n"
+        job.terminate()
+        _, said = job.communicate(timeout=20)
+    finally:
+        job.kill()
+    assert job.returncode == 143
+    assert "not done 0.5 s after the signal, so it ended at once" in said
+
+
+def test_the_grace_time_leaves_nothing_behind():
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with cli.handled_signals(0.05), pytest.raises(cli.Interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    time.sleep(0.1)  # the grace time is over, and so is the job: nothing ends it
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before  # noqa: PTH208
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 STAND_IN = """
