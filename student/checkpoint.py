@@ -143,6 +143,8 @@ def load_student(path: str | Path) -> Student:
     try:
         model = Student(**about["config"])
         model.provenance = about["provenance"]
+        if not len(getattr(model.decoder, "stem", ())):  # older files kept one without any use
+            state = {k: v for k, v in state.items() if not k.startswith("decoder.stem.")}
         model.load_state_dict(state, strict=True)
     except (KeyError, TypeError, ValueError, StudentError, RuntimeError) as error:
         raise _not_ours(path, f"its config and its weights do not fit: {error}") from error

@@ -60,7 +60,8 @@ class Decoder(nn.Module):
         self.skipped = len(channels) - len(levels)
         self.stem: nn.ModuleList = nn.ModuleList()
         inputs, at = 3, 2
-        while at < levels[0][1] and at <= 4:  # strides finer than the backbone's finest
+        missing = levels[0][1] > stride
+        while missing and at < levels[0][1] and at <= 4:  # finer than the backbone's finest
             self.stem.append(conv_block(inputs, base, stride=2))
             inputs, at = base, at * 2
         steps = [2 ** (i + 1) for i in range(len(self.stem))]

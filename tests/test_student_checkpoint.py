@@ -121,6 +121,18 @@ def test_a_checkpoint_that_is_not_ours_gets_one_paragraph(tmp_path, kind, text):
     assert "\n\n" not in str(caught.value)
 
 
+def test_a_file_with_the_stem_that_older_students_had_without_use_says_the_same(tmp_path):
+    model = Student(backbone="mobilenetv4_conv_small", height=64, width=96, decoder_stride=4)
+    save_student(model, tmp_path / "student.safetensors", {})
+    with safe_open(tmp_path / "student.safetensors", framework="pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    state["decoder.stem.0.0.weight"] = torch.ones(32, 3, 3, 3)
+    save_file(state, tmp_path / "old.safetensors", metadata)
+    image = torch.rand(1, 3, 64, 96)
+    old, new = (load_student(tmp_path / f"{n}.safetensors")(image) for n in ("old", "student"))
+    assert all(torch.equal(old[name], new[name]) for name in new)
+
+
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
     model, path = small_student(), tmp_path / "student.safetensors"
     with torch.no_grad():

@@ -45,6 +45,24 @@ def test_any_features_only_backbone_answers_every_task_at_full_size(backbone, st
     assert ((answer["semantic_uncertainty"] >= 0) & (answer["semantic_uncertainty"] <= 1)).all()
 
 
+@pytest.mark.parametrize("backbone", ["mobilenetv4_conv_small", "test_vit", "test_convnext"])
+@pytest.mark.parametrize("decoder", ["fpn", "dpt"])
+@pytest.mark.parametrize("stride", [2, 4])
+def test_no_part_of_decoder_or_heads_is_without_use(backbone, decoder, stride):
+    model = Student(
+        backbone=backbone, height=64, width=96, decoder=decoder, decoder_stride=stride
+    )
+    sum(values.sum() for values in model(torch.rand(2, 3, 64, 96)).values()).backward()
+    parts = {"decoder": model.decoder, "heads": model.heads}
+    idle = [
+        f"{part}.{name}"
+        for part, module in parts.items()
+        for name, p in module.named_parameters()
+        if p.grad is None
+    ]
+    assert not idle
+
+
 def test_only_what_was_asked_for_is_answered():
     model = Student(**SMALL, tasks=("normals",), uncertainty=False).eval()
     assert list(model(torch.rand(1, 3, 64, 96))) == ["normals"]
