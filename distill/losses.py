@@ -26,6 +26,7 @@ from distill.masked import Map, global_sum, label_weight, masked_mean, reliable
 # What each term contributes to the total.
 LOSS_WEIGHTS = {
     "depth_l1": 1.0,
+    "depth_robust": 0.3,
     "depth_bins": 0.2,
     "depth_mixture": 0.2,
     "depth_silog": 0.5,

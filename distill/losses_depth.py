@@ -16,6 +16,7 @@ from student.depth_heads import BINS, bin_centres
 
 SILOG_LAMBDA = 0.85  # as in Bhat et al. 2021 ("AdaBins"), section 3.4
 GRADIENT_SCALES = 4
+ROBUST_AT = 0.1  # log error from which one more counts half as much in `robust`
 SURFACE_RATIO = 1.05  # neighbours whose labelled depths differ by more lie on two surfaces
 # What a label's depth claims; the codes of ``depth_space`` (`distill.samples`).
 SPACES = ("metric", "affine depth", "affine disparity", "affine log depth", "affine sqrt depth")
@@ -27,6 +28,16 @@ def log_error(depth: Map, target: Map) -> tuple[Map, Mask]:
     log_depth = depth.log()
     aim = torch.where(known, target, 1.0).log()
     return torch.where(known, log_depth - aim, 0.0), known
+
+
+def robust(error: Map) -> Map:
+    """log(1 + |e| / 0.1) per pixel: steep near zero, ever flatter where it is wrong already.
+
+    Hu et al. 2019, "Revisiting Single Image Depth Estimation", section 3.3, F(x) = ln(x + alpha),
+    on log depth and zero at zero. Between two surfaces that are equally likely the L1 is level, so
+    that any depth between them will do; this is lowest on either surface and highest between.
+    """
+    return (1 + error.abs() / ROBUST_AT).log()
 
 
 def silog(error: Map, known: Mask, weight: Map) -> Float[Tensor, ""]:
@@ -174,12 +185,13 @@ def depth_losses(
 ) -> dict[str, Tensor]:
     """Depth in the canonical camera, sky, and the depth's own uncertainty.
 
-    Metric labels: the L1 of log depth (or the likelihood of the head's distribution) keeps the
-    magnitude, SILog the shape, gradient matching the edges. Labels that are only affine (``space``,
-    a code of `SPACES` per image) teach shape alone; the metric ones are the anchor. Sky is a binary
-    cross-entropy wherever the label says sky or a depth. The uncertainty follows the Laplace
-    likelihood log 2b + |e| / b (Kendall & Gal 2017, equation 8) with the error detached, so that it
-    learns E|e| and never excuses the depth (Seitzer et al. 2022 describe that trap).
+    Metric labels: the L1 of log depth and its `robust` form (or the likelihood of the head's
+    distribution) keep the magnitude, SILog the shape, gradient matching the edges. Labels that are
+    only affine (``space``, a code of `SPACES` per image) teach shape alone; the metric ones are the
+    anchor. Sky is a binary cross-entropy wherever the label says sky or a depth. The uncertainty
+    follows the Laplace likelihood log 2b + |e| / b (Kendall & Gal 2017, equation 8) with the error
+    detached, so that it learns E|e| and never excuses the depth (Seitzer et al. 2022 describe that
+    trap).
     """
     error, known = log_error(answer["depth"], target)
     weight = label_weight("depth", label_uncertainty)
@@ -209,6 +221,7 @@ def depth_losses(
         losses["depth_mixture"] = masked_mean(nll, by_claim, weight)
     else:
         losses["depth_l1"] = masked_mean(error.abs(), by_claim, weight)
+        losses["depth_robust"] = masked_mean(robust(error), by_claim, weight)
         if "depth_uncertainty" in answer:
             b = answer["depth_uncertainty"]
             nll = (2 * b).log() + error.detach().abs() / b

@@ -21,6 +21,7 @@ from distill.losses_depth import (
     mixture_nll,
     normals_of_depth,
     on_one_surface,
+    robust,
     silog,
 )
 from distill.masked import label_weight, reliable
@@ -211,7 +212,7 @@ def test_gradients_match_finite_differences():
     depth = (torch.rand(2, 1, 4, 4, dtype=torch.float64) + 1).requires_grad_()
     sky = torch.randn(2, 1, 4, 4, dtype=torch.float64).requires_grad_()
     b = (torch.rand(2, 1, 4, 4, dtype=torch.float64) + 0.2).requires_grad_()
-    for name in ("depth_l1", "depth_silog", "depth_gradient", "sky"):
+    for name in ("depth_l1", "depth_robust", "depth_silog", "depth_gradient", "sky"):
         assert torch.autograd.gradcheck(
             lambda d, s, name=name: depth_losses({"depth": d, "sky": s}, target, spread)[name],
             (depth, sky),
@@ -228,6 +229,19 @@ def test_gradients_match_finite_differences():
         lambda n: normals_losses({"normals": n}, aim, spread)["normals_angle"],
         (said.requires_grad_(),),
     )
+
+
+def test_the_robust_error_settles_on_one_of_two_surfaces_where_l1_does_not_mind():
+    error = torch.tensor([0.0, 0.1, -0.3, 0.9]).view(1, 1, 1, 4).requires_grad_()
+    want = torch.tensor([0, math.log(2), math.log(4), math.log(10)]).view(1, 1, 1, 4)
+    assert torch.allclose(robust(error), want)
+    robust(error).sum().backward()
+    slope = torch.tensor([0, 5, -2.5, 1]).view(1, 1, 1, 4)  # 1 / (0.1 + |e|)
+    assert torch.allclose(error.grad, slope)
+    # depths at the nearer of two surfaces 1 apart, midway, at the farther: distance to both
+    near, midway, far = (torch.tensor([d, d - 1]).view(1, 1, 1, 2) for d in (0.0, 0.5, 1.0))
+    assert near.abs().sum() == midway.abs().sum() == far.abs().sum()
+    assert robust(near).sum() == robust(far).sum() < 0.7 * robust(midway).sum()
 
 
 def test_bins_cross_entropy_by_hand():
@@ -290,8 +304,8 @@ def test_affine_labels_teach_shape_alone_in_their_own_space(code, change):
     answer = depth_answer(change(target.nan_to_num(nan=9.0)))
     losses = depth_losses(answer, target, unsure(2, 1, 6, 6), space)
     assert losses["depth_affine"].item() == pytest.approx(0, abs=1e-9)
-    assert losses["depth_l1"].item() == losses["depth_silog"].item() == 0
-    assert losses["depth_gradient"].item() == losses["depth_nll"].item() == 0
+    for name in ("depth_l1", "depth_robust", "depth_silog", "depth_gradient", "depth_nll"):
+        assert losses[name].item() == 0
     other = depth_losses(answer, target, unsure(2, 1, 6, 6), torch.full((2,), code % 4 + 1))
     assert other["depth_affine"].item() > 1e-3
 

@@ -49,9 +49,7 @@ def test_any_features_only_backbone_answers_every_task_at_full_size(backbone, st
 @pytest.mark.parametrize("decoder", ["fpn", "dpt"])
 @pytest.mark.parametrize("stride", [2, 4])
 def test_no_part_of_decoder_or_heads_is_without_use(backbone, decoder, stride):
-    model = Student(
-        backbone=backbone, height=64, width=96, decoder=decoder, decoder_stride=stride
-    )
+    model = Student(backbone=backbone, height=64, width=96, decoder=decoder, decoder_stride=stride)
     sum(values.sum() for values in model(torch.rand(2, 3, 64, 96)).values()).backward()
     parts = {"decoder": model.decoder, "heads": model.heads}
     idle = [
