@@ -35,7 +35,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "select": ("teacher.jobs.selection", "select", "which labels are worth learning from"),
     "tune": ("distill.tune.run", "tune", "instruction-tune a generator"),
     "train": ("distill.train", "train", "train a student on label sets"),
-    "export": ("export.onnx_graph", "export_student", "student -> ONNX"),
+    "export": ("export.delivery", "export_student", "student -> ONNX"),
     "calibrate": (
         "distill.fit_student",
         "calibrate",

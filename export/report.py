@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from export.budgets import lookup
+from export.delivery import REFERENCE
 from export.judge import Judge
-from export.onnx_graph import REFERENCE
 from export.parity import TASK_OF
 from export.readiness import TARGETS
 from export.report_pictures import NAMES, image_section, worst_first

@@ -12,9 +12,9 @@ import numpy as np
 from export import pictures
 from export.answers import INPUTS, load
 from export.budgets import LABEL_TASKS
+from export.delivery import REFERENCE
 from export.judge import Judge
 from export.letterbox import Letterbox
-from export.onnx_graph import REFERENCE
 from export.parity import gap
 from teacher.label import Label, Task
 from teacher.metrics import angles_deg

@@ -8,8 +8,8 @@ from typing import Any
 
 from export.artefact import plain
 from export.budgets import LABEL_TASKS, Finding
+from export.delivery import EXPORT_JSON, REFERENCE
 from export.judge import Judge
-from export.onnx_graph import EXPORT_JSON, REFERENCE
 from export.parity import TASK_OF
 
 

@@ -19,9 +19,9 @@ from export import report as reporting
 from export.answers import RUN, run_artefact, save_inputs
 from export.artefact import ArtefactError
 from export.budgets import default_budgets
+from export.delivery import EXPORT_JSON, REFERENCE
 from export.judge import Judge
 from export.onnx_files import read_model
-from export.onnx_graph import EXPORT_JSON, REFERENCE
 from export.readiness import verdicts
 from export.references import TEACHER, Reference, find_references
 from export.runtimes import open_runtime

@@ -22,9 +22,10 @@ from export.artefact import (
     card_from_metadata,
     card_to_metadata,
 )
+from export.delivery import export_student
 from export.lowering import recarded
 from export.onnx_files import check_rules, check_sizes, read_model
-from export.onnx_graph import card_of, export_student
+from export.onnx_graph import card_of
 from export.parity import gap
 from export.runtimes import open_runtime
 from student.backbone import Backbone
@@ -177,7 +178,7 @@ def test_calibration_images_are_ancestors_of_what_they_calibrate(tmp_path, monke
         return model
 
     lowered = lambda model, names, **_: [("fp16", recarded(model, "fp16"), {})]  # noqa: E731
-    monkeypatch.setattr("export.onnx_graph.to_onnx", quick)
+    monkeypatch.setattr("export.delivery.to_onnx", quick)
     monkeypatch.setattr("export.lowering.lower_all", lowered)
     told = export_student(**options, licence={"refuse": ["copyleft"]})["card"]
     for name, named in (("student.onnx", False), ("student.fp16.onnx", True)):

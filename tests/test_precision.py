@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx_graph import export_student
+from export.delivery import export_student
 from export.precision import activation_ranges, group_of, groups_of, lower, named, quantised_share
 from export.rounding import emulate, low_precision, ranges, run_unoptimised
 from export.search import smallest_islands

@@ -17,7 +17,7 @@ from trt_stub import VERSIONS, StubTensorRT, names_of
 from export import trt_engine
 from export.artefact import ArtefactError
 from export.cuda import Cuda
-from export.onnx_graph import export_student
+from export.delivery import export_student
 from export.runtimes import open_runtime
 from export.trt_engine import HARDWARE, build, cache_path
 from export.trt_known_bad import TABLE, consult, has_attention

@@ -11,7 +11,7 @@ from export_cases import make_labels, make_student
 from onnx import helper, numpy_helper
 
 from export.budgets import default_budgets
-from export.onnx_graph import export_student
+from export.delivery import export_student
 from export.report import class_table, score_table
 from export.report_pictures import worst_first
 from export.verify import spread, verify

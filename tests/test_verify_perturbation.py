@@ -10,7 +10,7 @@ import pytest
 from export_cases import make_labels, make_student
 from onnx import TensorProto, numpy_helper
 
-from export.onnx_graph import export_student
+from export.delivery import export_student
 from export.verify import verify
 from teacher.store import hash_file
 

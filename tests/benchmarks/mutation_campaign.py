@@ -32,9 +32,10 @@ from rewrites import rewritten
 
 from export.answers import run_artefact, save_inputs
 from export.budgets import default_budgets
+from export.delivery import REFERENCE
 from export.judge import Judge
 from export.letterbox import Letterbox, to_label_space
-from export.onnx_graph import REFERENCE, card_of, to_onnx
+from export.onnx_graph import card_of, to_onnx
 from export.references import find_references
 from export.runtimes import open_runtime
 from export.verdict import integrity, judge_one

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from export.delivery import REFERENCE
 from export.letterbox import Letterbox
-from export.onnx_graph import REFERENCE
 from export.parity import TIE, UNITS, margin, measures, summarise
 from export.runtimes import open_runtime
 from teacher.images import ImageError, read
