@@ -34,7 +34,7 @@ LOSS_WEIGHTS = {
     "depth_affine": 1.0,
     "depth_surface": 0.1,
     "sky": 0.2,
-    "normals_angle": 1.0,
+    "normals_angle": 2.0,
     "semantic_ce": 0.5,
     "semantic_dice": 0.5,
     "instances_center": 2.0,
