@@ -13,7 +13,8 @@
         held=truth/held-out answers=teacher/held-out [out=FILE]
 
 `versus` compares students with a teacher's stored answers to the same images (`distill label
-images=truth/held-out`), per image, by a paired bootstrap.
+images=truth/held-out`), per image, by a paired bootstrap; and delta1 by the distance from the
+nearest step in the true depth, pixels of all images together.
 
 Every variant differs from the first, `log` (`STUDENT` and `TRAINER` on ``train``), in one thing;
 all take as many steps of as many images, and each is scored on every held-out set.
@@ -32,13 +33,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 
 from distill import losses, module
 from distill.train import train
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.jobs.selection import write_selection
-from teacher.label import Label
+from teacher.label import Label, Task
 from teacher.score import score
 from teacher.store import LabelSet
 
@@ -85,6 +87,8 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("dpt", {"student": {"decoder": "dpt"}}),
     ],
 }
+STEP = 1.15  # neighbours whose true depths differ by more are a border, as is the sky's
+RINGS_PX = (0.0, 0.5, 1.5, 2.5, 4.5, 8.5, np.inf)  # distances from a border
 NUMBERS = {"depth": ("delta1", "abs_rel", "boundary_f1"), "normals": ("mean_deg", "within_11_25")}
 
 
@@ -129,10 +133,18 @@ def versus(students: list[str], held: LabelSet, answers: LabelSet) -> dict[str, 
     print(f"{len(asked)} of {len(held.keys)} images; {answers.path}")
     found: dict[str, dict[str, float]] = {}
     said = score(lambda x: answers[x.key].values, asked, tasks=list(NUMBERS))
+    near_teacher = by_distance(asked, lambda x: answers[x.key].values)
     for path in students:
         model = load_student(path)
         tasks = [t for t in NUMBERS if t in model.tasks]
         report = score(predictor(model), asked, tasks=tasks)
+        if "depth" in tasks:
+            (pixels, theirs), (_, ours) = near_teacher, by_distance(asked, predictor(model))
+            for n, low in enumerate(RINGS_PX[:-1]):
+                print(f"{path} {low} to {RINGS_PX[n + 1]} px from a border: share "
+                      f"{pixels[n] / pixels.sum():.3f}, delta1 of the teacher "
+                      f"{theirs[n] / pixels[n]:.4f}, of the student {ours[n] / pixels[n]:.4f}, "
+                      f"difference of all {(ours[n] - theirs[n]) / pixels.sum():+.4f}")  # fmt: skip
         for task in tasks:
             for measure in NUMBERS[task]:
                 teacher, student = (per_image(r, task, measure) for r in (said, report))
@@ -145,6 +157,34 @@ def versus(students: list[str], held: LabelSet, answers: LabelSet) -> dict[str, 
         print(f"{name}: teacher {row['teacher']:.4f}, student {row['student']:.4f}, difference "
               f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]")  # fmt: skip
     return found
+
+
+def rings(truth: np.ndarray) -> np.ndarray:
+    """The ring of `RINGS_PX` that each pixel of a true depth lies in, -1 where it has none."""
+    known = np.isfinite(truth) & (truth > 0)
+    log_depth = np.log(np.where(known, truth, 1.0))
+    border = ~known
+    for axis in (0, 1):
+        step = np.abs(np.diff(log_depth, axis=axis)) > np.log(STEP)
+        ahead, behind = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
+        ahead[axis], behind[axis] = (1, 0), (0, 1)
+        border |= np.pad(step, ahead) | np.pad(step, behind)
+    away_px = distance_transform_edt(~border) if border.any() else np.full(truth.shape, np.inf)
+    return np.where(known, np.digitize(away_px, RINGS_PX[1:-1]), -1)
+
+
+def by_distance(asked: list[Label], answer: Any) -> np.ndarray:
+    """Pixels and those within 1.25 of the true depth, for each of `rings`: [2, rings]."""
+    counts = np.zeros((2, len(RINGS_PX) - 1))
+    for label in asked:
+        truth, said = label.values[Task.DEPTH], answer(label)["depth"]
+        ring = rings(truth)
+        known = ring >= 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            right = np.abs(np.log(said[known] / truth[known])) < np.log(1.25)
+        for row, weight in enumerate((None, right)):
+            counts[row] += np.bincount(ring[known], weight, minlength=counts.shape[1])
+    return counts
 
 
 def unweighted(answer: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
