@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.losses_depth import (
+    border_weight,
     cross_product,
     depth_losses,
     normals_of_depth,
@@ -56,19 +57,23 @@ def angle_rad(a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Map:
 
 
 def normals_losses(
-    answer: Mapping[str, Tensor], target: Float[Tensor, "b 3 h w"], label_uncertainty: Map
+    answer: Mapping[str, Tensor],
+    target: Float[Tensor, "b 3 h w"],
+    label_uncertainty: Map,
+    place: Map | float = 1.0,
 ) -> dict[str, Tensor]:
     """The angular error in radians (Bae et al. 2021, "Estimating and Exploiting the Aleatoric
     Uncertainty in Surface Normal Estimation", without their distribution), and its expectation.
 
     The uncertainty is the mean mu of an exponential distribution of the angle: log mu + angle / mu,
-    lowest at mu = E[angle]; in degrees, the angle detached.
+    lowest at mu = E[angle]; in degrees, the angle detached. ``place``: how much a pixel counts by
+    where it lies.
     """
     known = ~torch.isnan(target).any(1, keepdim=True)
     predicted = answer["normals"]
     aim = torch.where(known, target, predicted.detach())
     angle = angle_rad(predicted, aim)
-    weight = label_weight("normals", label_uncertainty)
+    weight = label_weight("normals", label_uncertainty) * place
     teaches = known & reliable("normals", label_uncertainty)
     losses = {"normals_angle": masked_mean(angle, teaches, weight)}
     if "normals_uncertainty" in answer:
@@ -131,7 +136,9 @@ def instance_losses(
     }
 
 
-def surface_loss(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def surface_loss(
+    answer: Mapping[str, Tensor], batch: Mapping[str, Tensor], place: Map | float = 1.0
+) -> dict[str, Tensor]:
     """The angle between the labelled normals and those of the predicted depth.
 
     Where the camera is known, inside one surface of the labelled metric depth: what ties depth to
@@ -147,7 +154,7 @@ def surface_loss(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> d
     said = normals_of_depth(answer["depth"], batch["focal_px"], batch["centre_px"])
     aim = torch.where(known, normals, 0.0)
     angle = angle_rad(torch.where(known, said, 0.0), aim)
-    weight = label_weight("normals", batch["normals_uncertainty"])
+    weight = label_weight("normals", batch["normals_uncertainty"]) * place
     return {"depth_surface": masked_mean(angle, known, weight)}
 
 
@@ -160,13 +167,16 @@ def all_losses(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dic
             the answer; what a sample's label lacks is unknown in all its pixels.
     """
     terms: dict[str, Tensor] = {}
-    if "depth" in answer:
+    place: Map | float = 1.0
+    if "depth" in batch:
         space = batch.get("depth_space")
-        terms |= depth_losses(answer, batch["depth"], batch["depth_uncertainty"], space)
+        place = border_weight(batch["depth"], space)
+    if "depth" in answer:
+        terms |= depth_losses(answer, batch["depth"], batch["depth_uncertainty"], space, place)
     if "depth" in answer and "normals" in batch and "camera_known" in batch:
-        terms |= surface_loss(answer, batch)
+        terms |= surface_loss(answer, batch, place)
     if "normals" in answer:
-        terms |= normals_losses(answer, batch["normals"], batch["normals_uncertainty"])
+        terms |= normals_losses(answer, batch["normals"], batch["normals_uncertainty"], place)
     if "semantic" in answer:
         terms |= semantic_losses(answer, batch["semantic"], batch["semantic_uncertainty"])
     if "center" in answer:

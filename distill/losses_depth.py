@@ -5,6 +5,7 @@ Predictions and targets are in metres of the canonical camera, NaN unknown, +inf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,9 @@ SILOG_LAMBDA = 0.85  # as in Bhat et al. 2021 ("AdaBins"), section 3.4
 GRADIENT_SCALES = 4
 ROBUST_AT = 0.1  # log error from which one more counts half as much in `robust`
 SURFACE_RATIO = 1.05  # neighbours whose labelled depths differ by more lie on two surfaces
+BORDER_RATIO = 1.15  # and by more than this they are a border
+BORDER_REACH_PX = 2  # around it pixels count
+BORDER_WEIGHT = 3.0  # times as much as elsewhere
 # What a label's depth claims; the codes of ``depth_space`` (`distill.samples`).
 SPACES = ("metric", "affine depth", "affine disparity", "affine log depth", "affine sqrt depth")
 
@@ -177,11 +181,41 @@ def on_one_surface(target: Map) -> Mask:
     return torch.nn.functional.pad(inside, (1, 1, 1, 1))
 
 
+def border_weight(target: Map, space: Int[Tensor, " b"] | None = None) -> Map:
+    """How much each pixel counts by where it lies: near a step of the labelled depth more.
+
+    `BORDER_WEIGHT` to 1, and 1 on average over the batch: a step is two neighbours whose labels
+    differ by more than `BORDER_RATIO`, or of which one alone is sky. A student is soon righter than
+    its label far from borders and stays behind it beside them (docs/results.md), where few pixels
+    are. Exactly 1 where nothing is known, and for labels that are only affine: they have no ratios.
+    """
+    known, sky = torch.isfinite(target) & (target > 0), torch.isposinf(target)
+    if space is not None:
+        metric = (space == 0).view(-1, 1, 1, 1)
+        known, sky = known & metric, sky & metric
+    log_depth = torch.where(known, target, 1.0).log()
+    border = torch.zeros_like(known)
+    for axis in (-1, -2):
+        size = target.shape[axis] - 1
+        (l0, l1), (k0, k1), (s0, s1) = (
+            (v.narrow(axis, 0, size), v.narrow(axis, 1, size)) for v in (log_depth, known, sky)
+        )
+        step = k0 & k1 & ((l1 - l0).abs() > math.log(BORDER_RATIO)) | (s0 & k1) | (k0 & s1)
+        border.narrow(axis, 0, size).logical_or_(step)
+        border.narrow(axis, 1, size).logical_or_(step)
+    reach = BORDER_REACH_PX
+    near = torch.nn.functional.max_pool2d(border.to(log_depth.dtype), 2 * reach + 1, 1, reach)
+    weight = 1 + (BORDER_WEIGHT - 1) * near
+    mean = masked_mean(weight, known | sky)
+    return torch.where(known | sky, weight / mean, 1.0)
+
+
 def depth_losses(
     answer: Mapping[str, Tensor],
     target: Map,
     label_uncertainty: Map,
     space: Int[Tensor, " b"] | None = None,
+    place: Map | float = 1.0,
 ) -> dict[str, Tensor]:
     """Depth in the canonical camera, sky, and the depth's own uncertainty.
 
@@ -191,10 +225,10 @@ def depth_losses(
     anchor. Sky is a binary cross-entropy wherever the label says sky or a depth. The uncertainty
     follows the Laplace likelihood log 2b + |e| / b (Kendall & Gal 2017, equation 8) with the error
     detached, so that it learns E|e| and never excuses the depth (Seitzer et al. 2022 describe that
-    trap).
+    trap). ``place``: how much a pixel counts by where it lies (`border_weight`).
     """
     error, known = log_error(answer["depth"], target)
-    weight = label_weight("depth", label_uncertainty)
+    weight = label_weight("depth", label_uncertainty) * place
     if space is None:
         space = torch.zeros(len(target), dtype=torch.int64, device=target.device)
     affine = space != 0

@@ -264,7 +264,8 @@ def _teach(
     if (folder / STATE).exists():
         load_state(lesson, folder / STATE)
     lesson.set_precision(chosen(config.precision, device))
-    share_norms(lesson.student)
+    if config.sync_norms:
+        share_norms(lesson.student)
     conductor = Conductor(lesson, data, folder, identity)
     number = int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
     with warnings.catch_warnings():

@@ -16,6 +16,7 @@ from distill.losses_depth import (
     SILOG_LAMBDA,
     affine_invariant,
     bins_cross_entropy,
+    border_weight,
     depth_losses,
     gradient_matching,
     mixture_nll,
@@ -242,6 +243,72 @@ def test_the_robust_error_settles_on_one_of_two_surfaces_where_l1_does_not_mind(
     near, midway, far = (torch.tensor([d, d - 1]).view(1, 1, 1, 2) for d in (0.0, 0.5, 1.0))
     assert near.abs().sum() == midway.abs().sum() == far.abs().sum()
     assert robust(near).sum() == robust(far).sum() < 0.7 * robust(midway).sum()
+
+
+def stepped(left: float, right: float) -> torch.Tensor:
+    """One row of 12: six of ``left``, six of ``right``."""
+    return torch.tensor([left] * 6 + [right] * 6).view(1, 1, 1, 12)
+
+
+@pytest.mark.parametrize(
+    "left, right, space, near",
+    [
+        (1.0, 1.2, 0, True),
+        (1.2, 1.0, 0, True),
+        (1.0, 1.1, 0, False),
+        (1.0, math.inf, 0, True),
+        (math.inf, 1.0, 0, True),
+        (math.inf, math.inf, 0, False),
+        (1.0, NAN, 0, False),
+        (math.inf, NAN, 0, False),
+        (1.0, 9.0, 1, False),
+        (1.0, math.inf, 2, False),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_pixels_within_two_of_a_step_count_three_times_and_all_one_on_average(
+    left, right, space, near, turned
+):
+    target = stepped(left, right)
+    target = target.transpose(2, 3) if turned else target
+    weight = border_weight(target, torch.tensor([space])).flatten()
+    want = [0.5] * 3 + [1.5] * 6 + [0.5] * 3 if near else [1.0] * 12
+    assert weight.tolist() == pytest.approx(want)
+
+
+def test_borders_of_a_batch_share_one_average_and_need_no_space():
+    target = torch.cat([stepped(1.0, 2.0), stepped(3.0, 3.0)])
+    weight = border_weight(target)
+    assert weight[0, 0, 0, 5].item() == pytest.approx(3 / 1.5)
+    assert weight[0, 0, 0, 0].item() == weight[1, 0, 0, 5].item() == pytest.approx(1 / 1.5)
+
+
+def test_errors_near_a_border_count_three_times_in_every_task_that_has_depth_beside_it():
+    """A log error of 0.2 and one of 30 degrees, on three pixels at a step or far from it."""
+    target = stepped(1.0, 2.0)
+    up = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 12)
+    turn = math.radians(30)
+    tilted = torch.tensor([math.sin(turn), 0.0, math.cos(turn)]).view(1, 3, 1, 1)
+    sure = torch.zeros_like(target)
+    for wrong, weight in ((slice(5, 8), 1.5), (slice(0, 3), 0.5)):
+        depth, normals = target.clone(), up.clone()
+        depth[..., wrong] *= math.exp(0.2)
+        normals[..., wrong] = tilted
+        batch = {
+            "depth": target,
+            "depth_uncertainty": sure,
+            "normals": up,
+            "normals_uncertainty": sure,
+        }
+        losses = all_losses(depth_answer(depth) | {"normals": normals}, batch)
+        assert losses["depth_l1"].item() == pytest.approx(0.2 * weight * 3 / 12, rel=1e-4)
+        assert losses["depth_robust"].item() == pytest.approx(math.log(3) * weight / 4, rel=1e-4)
+        square = 0.04 * weight / 4
+        want = math.sqrt(square - SILOG_LAMBDA * (0.2 * weight / 4) ** 2)
+        assert losses["depth_silog"].item() == pytest.approx(want, rel=1e-4)
+        assert losses["normals_angle"].item() == pytest.approx(turn * weight / 4, rel=2e-3)
+        alone = all_losses({"normals": normals}, {k: v for k, v in batch.items() if "norm" in k})
+        assert alone["normals_angle"].item() == pytest.approx(turn / 4, rel=2e-3)
 
 
 def test_bins_cross_entropy_by_hand():

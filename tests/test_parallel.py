@@ -69,12 +69,16 @@ def test_devices_2_gives_the_curve_of_one(tmp_path):
     write_analytic_set(tmp_path / "set", n=12, height=32, width=48)
     student = {"backbone": "test_efficientnet", "height": 32, "width": 64}
     curves = []
-    for devices in (1, 2):
-        out = tmp_path / f"run{devices}"
+    for devices, sync in ((1, True), (2, True), (2, False)):
+        out = tmp_path / f"run{devices}{sync}"
         trainer = {"steps": 3, "batch_size": 4, "device": "cpu", "devices": devices}
+        trainer["sync_norms"] = sync
         train(data=str(tmp_path / "set"), out=str(out), student=student, trainer=trainer)
         load_student(out / "student.safetensors")
         with (out / "metrics.csv").open() as file:
             curves.append([float(row["total"]) for row in csv.DictReader(file)])
     assert curves[1] == pytest.approx(curves[0], rel=1e-4) and len(curves[0]) == 3
+    # norms that see a share each learn the same from it, not to the digit
+    assert curves[2] != pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=0.3)
     assert "WORLD_SIZE" not in os.environ
