@@ -78,7 +78,8 @@ def fit_student(
         ``summary``; ``depth``, ``depth_uncertainty``, ``normals_uncertainty``: `scale_fit.Fit` as
         JSON, for what student and labels both have; ``confidence``: such a one per task, of the
         uncertainties as they were fitted, if two images or more could judge it; ``images``;
-        ``left_out``: those that the student may have learnt from (2 % of the others among them).
+        ``left_out``: those that the student may have learnt from (hardly any of the others, see
+            `distill.run_folder.may_hold`).
 
     Raises:
         UsageError: no labelled image, no task to fit, the images of the training itself, depth that
