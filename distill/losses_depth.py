@@ -22,6 +22,7 @@ SURFACE_RATIO = 1.05  # neighbours whose labelled depths differ by more lie on t
 BORDER_RATIO = 1.15  # and by more than this they are a border
 BORDER_REACH_PX = 2  # around it pixels count
 BORDER_WEIGHT = 3.0  # times as much as elsewhere
+SKY_LOG_DEPTH = 100.0  # a step from every depth, none from sky
 # What a label's depth claims; the codes of ``depth_space`` (`distill.samples`).
 SPACES = ("metric", "affine depth", "affine disparity", "affine log depth", "affine sqrt depth")
 
@@ -193,16 +194,14 @@ def border_weight(target: Map, space: Int[Tensor, " b"] | None = None) -> Map:
     if space is not None:
         metric = (space == 0).view(-1, 1, 1, 1)
         known, sky = known & metric, sky & metric
-    log_depth = torch.where(known, target, 1.0).log()
+    log_depth = torch.where(known, target, torch.nan).log()  # NaN is no step from anything
+    log_depth = torch.where(sky, SKY_LOG_DEPTH, log_depth)
+    across, down = (log_depth.diff(dim=d).abs() > math.log(BORDER_RATIO) for d in (-1, -2))
     border = torch.zeros_like(known)
-    for axis in (-1, -2):
-        size = target.shape[axis] - 1
-        (l0, l1), (k0, k1), (s0, s1) = (
-            (v.narrow(axis, 0, size), v.narrow(axis, 1, size)) for v in (log_depth, known, sky)
-        )
-        step = k0 & k1 & ((l1 - l0).abs() > math.log(BORDER_RATIO)) | (s0 & k1) | (k0 & s1)
-        border.narrow(axis, 0, size).logical_or_(step)
-        border.narrow(axis, 1, size).logical_or_(step)
+    border[..., 1:] |= across
+    border[..., :-1] |= across
+    border[..., 1:, :] |= down
+    border[..., :-1, :] |= down
     reach = BORDER_REACH_PX
     near = torch.nn.functional.max_pool2d(border.to(log_depth.dtype), 2 * reach + 1, 1, reach)
     weight = 1 + (BORDER_WEIGHT - 1) * near

@@ -61,9 +61,11 @@ def set_identity(labels: LabelSet) -> dict[str, Any]:
 
 
 def learnt_from(provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    """The label sets (`set_identity`) of a student and of those that it began as (``init=``)."""
+    """The label sets (`set_identity`) of a student and of those that it began as (``init=``), each
+    once."""
     every = [*provenance.get("data", []), *((provenance.get("init") or {}).get("data") or [])]
-    return [{k: part[k] for k in ("plan_hash", "keys", "seen") if k in part} for part in every]
+    parts = [{k: part[k] for k in ("plan_hash", "keys", "seen") if k in part} for part in every]
+    return [part for i, part in enumerate(parts) if part not in parts[:i]]
 
 
 def seen_filter(keys: Sequence[str]) -> str:

@@ -283,6 +283,8 @@ def test_images_that_a_student_learnt_from_are_left_out_of_its_fit(tmp_path):
     found = fit_student(checkpoint=str(tmp_path / "a.safetensors"), **arguments)
     assert (found["images"], found["left_out"]) == (6, 6)
     assert "6 images left out, which it may have learnt from" in found["summary"]
+    twice = {"data": parts, "init": {"data": parts}}  # which met the same set in two runs
+    assert learnt_from(twice) == learnt_from({"data": parts}) and len(parts) == 1
     begun = {"data": [], "init": {"data": learnt_from({"data": parts})}}  # its ancestor did
     save_student(student, tmp_path / "c.safetensors", begun)
     again = fit_student(checkpoint=str(tmp_path / "c.safetensors"), **arguments)
