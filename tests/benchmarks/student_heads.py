@@ -13,8 +13,9 @@
         held=truth/held-out answers=teacher/held-out [out=FILE]
 
 `versus` compares students with a teacher's stored answers to the same images (`distill label
-images=truth/held-out`), per image, by a paired bootstrap; and delta1 by the distance from the
-nearest step in the true depth, pixels of all images together.
+images=truth/held-out`), per image, by a paired bootstrap; and by the distance from the nearest
+step in the true depth or crease of the true normals delta1 and the mean angle, pixels of all images
+together. `losses`: without what they count twice or three times.
 
 Every variant differs from the first, `log` (`STUDENT` and `TRAINER` on ``train``), in one thing;
 all take as many steps of as many images, and each is scored on every held-out set.
@@ -35,12 +36,13 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from distill import losses, module
+from distill import losses, losses_depth, module
 from distill.train import train
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.jobs.selection import write_selection
 from teacher.label import Label, Task
+from teacher.metrics import angles_deg
 from teacher.score import score
 from teacher.store import LabelSet
 
@@ -81,12 +83,18 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "weights": [("no weights", {"uncertainty": False})],
     "augment": [(n, {"trainer": {"augment": n}}) for n in ("strong", "none")],
     "tasks": [(f"{n} alone", {"student": {"tasks": [n]}}) for n in ("depth", "normals")],
+    "losses": [
+        ("no border weight", {"border": 1.0}),
+        ("plain losses", {"border": 1.0, "weights": {"depth_robust": 0.0, "normals_angle": 1.0}}),
+    ],
     "features": [("mini's features", {"features": {"name": "mini"}})],
     "decoder": [
         ("stride 2", {"student": {"decoder_stride": 2}}),
         ("dpt", {"student": {"decoder": "dpt"}}),
     ],
 }
+BORDER_WEIGHT, LOSS_WEIGHTS = losses_depth.BORDER_WEIGHT, dict(losses.LOSS_WEIGHTS)
+CREASE_DEG = 30.0  # neighbours whose true normals are further apart
 STEP = 1.15  # neighbours whose true depths differ by more are a border, as is the sky's
 RINGS_PX = (0.0, 0.5, 1.5, 2.5, 4.5, 8.5, np.inf)  # distances from a border
 NUMBERS = {"depth": ("delta1", "abs_rel", "boundary_f1"), "normals": ("mean_deg", "within_11_25")}
@@ -133,16 +141,19 @@ def versus(students: list[str], held: LabelSet, answers: LabelSet) -> dict[str, 
     print(f"{len(asked)} of {len(held.keys)} images; {answers.path}")
     found: dict[str, dict[str, float]] = {}
     said = score(lambda x: answers[x.key].values, asked, tasks=list(NUMBERS))
-    near_teacher = by_distance(asked, lambda x: answers[x.key].values)
+    near_teacher = {t: by_distance(asked, lambda x: answers[x.key].values, t) for t in NUMBERS}
     for path in students:
         model = load_student(path)
         tasks = [t for t in NUMBERS if t in model.tasks]
         report = score(predictor(model), asked, tasks=tasks)
-        if "depth" in tasks:
-            (pixels, theirs), (_, ours) = near_teacher, by_distance(asked, predictor(model))
+        for task in tasks:
+            (pixels, theirs), (_, ours) = (
+                near_teacher[task],
+                by_distance(asked, predictor(model), task),
+            )
             for n, low in enumerate(RINGS_PX[:-1]):
-                print(f"{path} {low} to {RINGS_PX[n + 1]} px from a border: share "
-                      f"{pixels[n] / pixels.sum():.3f}, delta1 of the teacher "
+                print(f"{path} {task}, {low} to {RINGS_PX[n + 1]} px from a border: share "
+                      f"{pixels[n] / pixels.sum():.3f}, {NUMBERS[task][0]} of the teacher "
                       f"{theirs[n] / pixels[n]:.4f}, of the student {ours[n] / pixels[n]:.4f}, "
                       f"difference of all {(ours[n] - theirs[n]) / pixels.sum():+.4f}")  # fmt: skip
         for task in tasks:
@@ -159,31 +170,44 @@ def versus(students: list[str], held: LabelSet, answers: LabelSet) -> dict[str, 
     return found
 
 
-def rings(truth: np.ndarray) -> np.ndarray:
-    """The ring of `RINGS_PX` that each pixel of a true depth lies in, -1 where it has none."""
-    known = np.isfinite(truth) & (truth > 0)
-    log_depth = np.log(np.where(known, truth, 1.0))
+def rings(label: Label, task: str) -> np.ndarray:
+    """The ring of `RINGS_PX` that each pixel lies in by its distance from a step of the true depth
+    or, for the normals, from a crease; -1 where the task has no truth."""
+    values = label.values[Task(task)]
+    if task == "depth":
+        known = np.isfinite(values) & (values > 0)
+        values = np.log(np.where(known, values, 1.0))
+    else:
+        known = ~np.isnan(values).any(-1)
     border = ~known
     for axis in (0, 1):
-        step = np.abs(np.diff(log_depth, axis=axis)) > np.log(STEP)
+        if task == "depth":
+            step = np.abs(np.diff(values, axis=axis)) > np.log(STEP)
+        else:
+            one, other = (np.delete(values, end, axis) for end in (0, -1))
+            step = np.einsum("hwc,hwc->hw", one, other) < np.cos(np.radians(CREASE_DEG))
         ahead, behind = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
         ahead[axis], behind[axis] = (1, 0), (0, 1)
         border |= np.pad(step, ahead) | np.pad(step, behind)
-    away_px = distance_transform_edt(~border) if border.any() else np.full(truth.shape, np.inf)
+    away_px = distance_transform_edt(~border) if border.any() else np.full(known.shape, np.inf)
     return np.where(known, np.digitize(away_px, RINGS_PX[1:-1]), -1)
 
 
-def by_distance(asked: list[Label], answer: Any) -> np.ndarray:
-    """Pixels and those within 1.25 of the true depth, for each of `rings`: [2, rings]."""
+def by_distance(asked: list[Label], answer: Any, task: str) -> np.ndarray:
+    """For each of `rings` its pixels, and the sum over them of what `NUMBERS` has first: whether
+    within 1.25 of the true depth, or the angle in degrees. [2, rings]."""
     counts = np.zeros((2, len(RINGS_PX) - 1))
     for label in asked:
-        truth, said = label.values[Task.DEPTH], answer(label)["depth"]
-        ring = rings(truth)
-        known = ring >= 0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            right = np.abs(np.log(said[known] / truth[known])) < np.log(1.25)
-        for row, weight in enumerate((None, right)):
-            counts[row] += np.bincount(ring[known], weight, minlength=counts.shape[1])
+        truth, said = label.values[Task(task)], answer(label)[task]
+        ring = rings(label, task)
+        if task == "depth":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                value = np.abs(np.log(said / truth)) < np.log(1.25)
+        else:
+            value, _ = angles_deg(said, truth)
+            ring = np.where(np.isnan(value), -1, ring)
+        for row, weight in enumerate((None, value[ring >= 0])):
+            counts[row] += np.bincount(ring[ring >= 0], weight, minlength=counts.shape[1])
     return counts
 
 
@@ -217,6 +241,8 @@ def without_depth(path: str, out: Path) -> str:
 
 def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
     """Train one variant; the path of its student."""
+    losses_depth.BORDER_WEIGHT = differs.get("border", BORDER_WEIGHT)
+    losses.LOSS_WEIGHTS.update(LOSS_WEIGHTS | differs.get("weights", {}))
     module.all_losses = losses.all_losses if differs.get("uncertainty", True) else unweighted
     data = options[differs.get("data", "train")].split(",")
     selection = None
