@@ -9,6 +9,7 @@ own are in `distill.losses_depth`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,13 +17,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.losses_depth import (
-    border_weight,
     cross_product,
     depth_losses,
+    near_steps,
     normals_of_depth,
     on_one_surface,
 )
-from distill.masked import Map, global_sum, label_weight, masked_mean, reliable
+from distill.masked import (
+    Map,
+    Mask,
+    beside,
+    border_weight,
+    error_and_doubt,
+    global_sum,
+    label_weight,
+    masked_mean,
+    reliable,
+)
 
 # What each term contributes to the total.
 LOSS_WEIGHTS = {
@@ -43,6 +54,7 @@ LOSS_WEIGHTS = {
     "depth_nll": 0.1,
     "normals_nll": 0.05,
 }
+CREASE_DEG = 15.0  # neighbours whose labelled normals differ by more lie on either side of a crease
 BACKGROUND_SHARE = 0.1  # of an offset's loss where there is no instance (its aim is 0)
 
 
@@ -56,29 +68,38 @@ def angle_rad(a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Map:
     return torch.atan2(sine, (a * b).sum(1, keepdim=True))
 
 
+def near_creases(target: Float[Tensor, "b 3 h w"]) -> Mask:
+    """Pixels near neighbours whose labelled unit normals are more than `CREASE_DEG` apart."""
+    x, y = target[..., 1:] * target[..., :-1], target[..., 1:, :] * target[..., :-1, :]
+    bound = math.cos(math.radians(CREASE_DEG))  # NaN is not below it
+    return beside(*(cosines.sum(1, keepdim=True) < bound for cosines in (x, y)))
+
+
 def normals_losses(
     answer: Mapping[str, Tensor],
     target: Float[Tensor, "b 3 h w"],
     label_uncertainty: Map,
-    place: Map | float = 1.0,
+    steps: Mask | None = None,
 ) -> dict[str, Tensor]:
     """The angular error in radians (Bae et al. 2021, "Estimating and Exploiting the Aleatoric
     Uncertainty in Surface Normal Estimation", without their distribution), and its expectation.
 
     The uncertainty is the mean mu of an exponential distribution of the angle: log mu + angle / mu,
-    lowest at mu = E[angle]; in degrees, the angle detached. ``place``: how much a pixel counts by
-    where it lies.
+    lowest at mu = E[angle]; in degrees, the angle detached and the label's own doubt added
+    (`error_and_doubt`). ``steps``: pixels near a step of the depth, which count like those near a
+    crease (`border_weight`).
     """
     known = ~torch.isnan(target).any(1, keepdim=True)
     predicted = answer["normals"]
     aim = torch.where(known, target, predicted.detach())
     angle = angle_rad(predicted, aim)
-    weight = label_weight("normals", label_uncertainty) * place
     teaches = known & reliable("normals", label_uncertainty)
+    near = near_creases(target) if steps is None else near_creases(target) | steps
+    weight = border_weight(label_weight("normals", label_uncertainty), near, teaches)
     losses = {"normals_angle": masked_mean(angle, teaches, weight)}
     if "normals_uncertainty" in answer:
         mu = answer["normals_uncertainty"].clamp(min=1e-3)
-        degrees = torch.rad2deg(angle.detach())
+        degrees = error_and_doubt("normals", torch.rad2deg(angle), label_uncertainty)
         losses["normals_nll"] = masked_mean(mu.log() + degrees / mu, known)
     return losses
 
@@ -136,9 +157,7 @@ def instance_losses(
     }
 
 
-def surface_loss(
-    answer: Mapping[str, Tensor], batch: Mapping[str, Tensor], place: Map | float = 1.0
-) -> dict[str, Tensor]:
+def surface_loss(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The angle between the labelled normals and those of the predicted depth.
 
     Where the camera is known, inside one surface of the labelled metric depth: what ties depth to
@@ -154,7 +173,7 @@ def surface_loss(
     said = normals_of_depth(answer["depth"], batch["focal_px"], batch["centre_px"])
     aim = torch.where(known, normals, 0.0)
     angle = angle_rad(torch.where(known, said, 0.0), aim)
-    weight = label_weight("normals", batch["normals_uncertainty"]) * place
+    weight = label_weight("normals", batch["normals_uncertainty"])
     return {"depth_surface": masked_mean(angle, known, weight)}
 
 
@@ -167,16 +186,14 @@ def all_losses(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dic
             the answer; what a sample's label lacks is unknown in all its pixels.
     """
     terms: dict[str, Tensor] = {}
-    place: Map | float = 1.0
-    if "depth" in batch:
-        space = batch.get("depth_space")
-        place = border_weight(batch["depth"], space)
+    space = batch.get("depth_space")
     if "depth" in answer:
-        terms |= depth_losses(answer, batch["depth"], batch["depth_uncertainty"], space, place)
+        terms |= depth_losses(answer, batch["depth"], batch["depth_uncertainty"], space)
     if "depth" in answer and "normals" in batch and "camera_known" in batch:
-        terms |= surface_loss(answer, batch, place)
+        terms |= surface_loss(answer, batch)
     if "normals" in answer:
-        terms |= normals_losses(answer, batch["normals"], batch["normals_uncertainty"], place)
+        steps = near_steps(batch["depth"], space) if "depth" in batch else None
+        terms |= normals_losses(answer, batch["normals"], batch["normals_uncertainty"], steps)
     if "semantic" in answer:
         terms |= semantic_losses(answer, batch["semantic"], batch["semantic_uncertainty"])
     if "center" in answer:

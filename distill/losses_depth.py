@@ -12,7 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.masked import Map, Mask, label_weight, masked_mean, reliable
+from distill.masked import (
+    Map,
+    Mask,
+    beside,
+    border_weight,
+    error_and_doubt,
+    label_weight,
+    masked_mean,
+    reliable,
+)
 from student.depth_heads import BINS, bin_centres
 
 SILOG_LAMBDA = 0.85  # as in Bhat et al. 2021 ("AdaBins"), section 3.4
@@ -20,8 +29,6 @@ GRADIENT_SCALES = 4
 ROBUST_AT = 0.1  # log error from which one more counts half as much in `robust`
 SURFACE_RATIO = 1.05  # neighbours whose labelled depths differ by more lie on two surfaces
 BORDER_RATIO = 1.15  # and by more than this they are a border
-BORDER_REACH_PX = 2  # around it pixels count
-BORDER_WEIGHT = 3.0  # times as much as elsewhere
 SKY_LOG_DEPTH = 100.0  # a step from every depth, none from sky
 # What a label's depth claims; the codes of ``depth_space`` (`distill.samples`).
 SPACES = ("metric", "affine depth", "affine disparity", "affine log depth", "affine sqrt depth")
@@ -182,13 +189,11 @@ def on_one_surface(target: Map) -> Mask:
     return torch.nn.functional.pad(inside, (1, 1, 1, 1))
 
 
-def border_weight(target: Map, space: Int[Tensor, " b"] | None = None) -> Map:
-    """How much each pixel counts by where it lies: near a step of the labelled depth more.
+def near_steps(target: Map, space: Int[Tensor, " b"] | None = None) -> Mask:
+    """Pixels near a step: neighbours whose labelled depths differ by more than `BORDER_RATIO`, or
+    of which one alone is sky.
 
-    `BORDER_WEIGHT` to 1, and 1 on average over the batch: a step is two neighbours whose labels
-    differ by more than `BORDER_RATIO`, or of which one alone is sky. A student is soon righter than
-    its label far from borders and stays behind it beside them (docs/results.md), where few pixels
-    are. Exactly 1 where nothing is known, and for labels that are only affine: they have no ratios.
+    None where nothing is known, nor in labels that are only affine: they have no ratios.
     """
     known, sky = torch.isfinite(target) & (target > 0), torch.isposinf(target)
     if space is not None:
@@ -196,17 +201,7 @@ def border_weight(target: Map, space: Int[Tensor, " b"] | None = None) -> Map:
         known, sky = known & metric, sky & metric
     log_depth = torch.where(known, target, torch.nan).log()  # NaN is no step from anything
     log_depth = torch.where(sky, SKY_LOG_DEPTH, log_depth)
-    across, down = (log_depth.diff(dim=d).abs() > math.log(BORDER_RATIO) for d in (-1, -2))
-    border = torch.zeros_like(known)
-    border[..., 1:] |= across
-    border[..., :-1] |= across
-    border[..., 1:, :] |= down
-    border[..., :-1, :] |= down
-    reach = BORDER_REACH_PX
-    near = torch.nn.functional.max_pool2d(border.to(log_depth.dtype), 2 * reach + 1, 1, reach)
-    weight = 1 + (BORDER_WEIGHT - 1) * near
-    mean = masked_mean(weight, known | sky)
-    return torch.where(known | sky, weight / mean, 1.0)
+    return beside(*(log_depth.diff(dim=d).abs() > math.log(BORDER_RATIO) for d in (-1, -2)))
 
 
 def depth_losses(
@@ -214,7 +209,6 @@ def depth_losses(
     target: Map,
     label_uncertainty: Map,
     space: Int[Tensor, " b"] | None = None,
-    place: Map | float = 1.0,
 ) -> dict[str, Tensor]:
     """Depth in the canonical camera, sky, and the depth's own uncertainty.
 
@@ -224,10 +218,9 @@ def depth_losses(
     anchor. Sky is a binary cross-entropy wherever the label says sky or a depth. The uncertainty
     follows the Laplace likelihood log 2b + |e| / b (Kendall & Gal 2017, equation 8) with the error
     detached, so that it learns E|e| and never excuses the depth (Seitzer et al. 2022 describe that
-    trap). ``place``: how much a pixel counts by where it lies (`border_weight`).
+    trap). The error is that against truth, as far as the label knows its own (`error_and_doubt`).
     """
     error, known = log_error(answer["depth"], target)
-    weight = label_weight("depth", label_uncertainty) * place
     if space is None:
         space = torch.zeros(len(target), dtype=torch.int64, device=target.device)
     affine = space != 0
@@ -238,6 +231,8 @@ def depth_losses(
     logits = answer["sky"].to(error.dtype)
     cross = torch.nn.functional.binary_cross_entropy_with_logits(logits, is_sky, reduction="none")
     by_claim = teaches & metric
+    weight = label_weight("depth", label_uncertainty)
+    weight = border_weight(weight, near_steps(target, space), by_claim)
     losses = {
         "depth_silog": silog(error, by_claim, weight),
         "depth_gradient": gradient_matching(error, by_claim, weight),
@@ -257,6 +252,6 @@ def depth_losses(
         losses["depth_robust"] = masked_mean(robust(error), by_claim, weight)
         if "depth_uncertainty" in answer:
             b = answer["depth_uncertainty"]
-            nll = (2 * b).log() + error.detach().abs() / b
+            nll = (2 * b).log() + error_and_doubt("depth", error, label_uncertainty) / b
             losses["depth_nll"] = masked_mean(nll, known & metric)
     return losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,8 @@ Mask = Bool[Tensor, "b 1 h w"]
 HALF_WEIGHT = {"depth": 0.1, "normals": 20.0, "semantic": 0.5}
 # The label's uncertainty from which a pixel does not count at all: its value is as good as none.
 UNRELIABLE = {"depth": 0.7, "normals": 60.0, "semantic": 0.9}
+BORDER_REACH_PX = 2  # so near a border pixels count
+BORDER_WEIGHT = 3.0  # times as much as elsewhere
 
 
 _ALONE = contextvars.ContextVar("alone", default=False)
@@ -78,3 +81,53 @@ def reliable(task: str, uncertainty: Map) -> Mask:
     drops what the student has not learnt yet, and that is the edges.
     """
     return ~(uncertainty > UNRELIABLE[task])
+
+
+def error_and_doubt(task: str, error: Map, uncertainty: Map) -> Map:
+    """The size of the error against truth to expect where the label errs by its ``uncertainty``.
+
+    sqrt(e^2 + u^2), detached, for errors that are independent of each other; |e| where the label
+    has no uncertainty; u at most `UNRELIABLE`. By |e| alone a student that repeats its teacher's
+    mistakes would be sure of them, and labels err most beside borders.
+    """
+    doubt = uncertainty.nan_to_num(nan=0.0).clamp(max=UNRELIABLE[task])
+    return torch.hypot(error.detach(), doubt.to(error.dtype))
+
+
+def beside(across: Bool[Tensor, "b 1 h u"], down: Bool[Tensor, "b 1 v w"]) -> Mask:
+    """Pixels within `BORDER_REACH_PX` of a border.
+
+    ``across`` and ``down`` tell of it between each pixel and the next to the right (u = w - 1) and
+    below (v = h - 1).
+    """
+    near = across.new_zeros((*across.shape[:-1], down.shape[-1]))
+    near[..., 1:] |= across
+    near[..., :-1] |= across
+    near[..., 1:, :] |= down
+    near[..., :-1, :] |= down
+    reach = BORDER_REACH_PX
+    for dim, pad in ((-1, (reach, reach)), (-2, (0, 0, reach, reach))):
+        # by shifts of a mask: on a CPU forty times as fast as `max_pool2d`
+        padded = torch.nn.functional.pad(near, pad)
+        shifts = (padded.narrow(dim, k, near.shape[dim]) for k in range(2 * reach + 1))
+        near = functools.reduce(torch.logical_or, shifts)
+    return near
+
+
+def border_weight(weight: Map, near: Mask, known: Mask) -> Map:
+    """The weights, but so that a pixel near a border counts `BORDER_WEIGHT` times, on average.
+
+    A student is soon righter than its label far from borders and stays behind it beside them
+    (docs/results.md), where few pixels are and labels are unsure: by their uncertainty alone they
+    would count least. So that only ranks pixels among those near a border, and among the others.
+    Averages are those of the batch over ``known``, and theirs over both stays what it was.
+    """
+    there, others = known & near, known & ~near
+    counts = torch.stack([m.sum() for m in (there, others)])
+    sums = torch.stack([torch.where(m, weight, 0.0).sum() for m in (there, others)])
+    counts, sums = global_sum(torch.stack([counts.to(sums.dtype), sums])).unbind()
+    means = sums / counts.clamp(min=1)
+    factor = means.new_tensor([BORDER_WEIGHT, 1.0])
+    factor = factor * counts.sum() / (factor * counts).sum().clamp(min=1)
+    factor = factor * sums.sum() / counts.sum().clamp(min=1) / means.clamp(min=1e-6)
+    return torch.where(known, weight * torch.where(near, factor[0], factor[1]), weight)

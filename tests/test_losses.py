@@ -8,6 +8,7 @@ from distill.losses import (
     all_losses,
     angle_rad,
     instance_losses,
+    near_creases,
     normals_losses,
     semantic_losses,
     surface_loss,
@@ -16,16 +17,16 @@ from distill.losses_depth import (
     SILOG_LAMBDA,
     affine_invariant,
     bins_cross_entropy,
-    border_weight,
     depth_losses,
     gradient_matching,
     mixture_nll,
+    near_steps,
     normals_of_depth,
     on_one_surface,
     robust,
     silog,
 )
-from distill.masked import label_weight, reliable
+from distill.masked import border_weight, label_weight, reliable
 
 NAN = float("nan")
 
@@ -250,6 +251,9 @@ def stepped(left: float, right: float) -> torch.Tensor:
     return torch.tensor([left] * 6 + [right] * 6).view(1, 1, 1, 12)
 
 
+MIDDLE = [False] * 3 + [True] * 6 + [False] * 3  # within 2 px of the two in the middle
+
+
 @pytest.mark.parametrize(
     "left, right, space, near",
     [
@@ -266,49 +270,122 @@ def stepped(left: float, right: float) -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_pixels_within_two_of_a_step_count_three_times_and_all_one_on_average(
-    left, right, space, near, turned
-):
+def test_pixels_within_two_of_a_step_of_metric_depth_are_near_it(left, right, space, near, turned):
     target = stepped(left, right)
     target = target.transpose(2, 3) if turned else target
-    weight = border_weight(target, torch.tensor([space])).flatten()
-    want = [0.5] * 3 + [1.5] * 6 + [0.5] * 3 if near else [1.0] * 12
-    assert weight.tolist() == pytest.approx(want)
+    found = near_steps(target, torch.tensor([space])).flatten().tolist()
+    assert found == (MIDDLE if near else [False] * 12)
+    if space == 0:
+        assert near_steps(target).flatten().tolist() == found
 
 
-def test_borders_of_a_batch_share_one_average_and_need_no_space():
+@pytest.mark.parametrize("angle_deg, near", [(16, True), (-16, True), (14, False), (NAN, False)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_pixels_within_two_of_a_crease_are_near_it(angle_deg, near, turned):
+    turns = torch.deg2rad(stepped(10, 10 + angle_deg))
+    target = torch.cat([turns.sin(), torch.zeros_like(turns), turns.cos()], dim=1)
+    target = target.transpose(2, 3) if turned else target
+    assert near_creases(target).flatten().tolist() == (MIDDLE if near else [False] * 12)
+
+
+def test_pixels_near_a_border_count_three_times_however_unsure_their_labels_are():
+    near = torch.tensor([[True, True, False, False, False, True]]).view(1, 1, 1, 6)
+    known = torch.tensor([[True, True, True, True, True, False]]).view(1, 1, 1, 6)
+    weight = torch.tensor([0.1, 0.3, 0.8, 1.0, 0.3, 0.7]).view(1, 1, 1, 6)
+    got = border_weight(weight, near, known).flatten()
+    assert got[5].item() == pytest.approx(0.7)  # unknown: nothing to average over
+    assert got[:5].mean().item() == pytest.approx(0.5)  # as before
+    assert got[:2].mean().item() == pytest.approx(3 * got[2:5].mean().item())
+    assert (got[1] / got[0]).item() == pytest.approx(3)  # who is surer counts more, as before
+    assert (got[3] / got[2]).item() == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_where_all_or_nothing_is_near_a_border_weights_stay_as_they_are(near):
+    weight = torch.tensor([0.1, 0.3, 0.8]).view(1, 1, 1, 3)
+    everywhere = torch.full((1, 1, 1, 3), near)
+    for known in (torch.ones_like(everywhere), torch.zeros_like(everywhere)):
+        got = border_weight(weight, everywhere, known)
+        assert got.flatten().tolist() == pytest.approx([0.1, 0.3, 0.8])
+
+
+def test_borders_of_a_batch_share_one_average():
     target = torch.cat([stepped(1.0, 2.0), stepped(3.0, 3.0)])
-    weight = border_weight(target)
+    ones = torch.ones_like(target)
+    weight = border_weight(ones, near_steps(target), ones > 0)
     assert weight[0, 0, 0, 5].item() == pytest.approx(3 / 1.5)
     assert weight[0, 0, 0, 0].item() == weight[1, 0, 0, 5].item() == pytest.approx(1 / 1.5)
 
 
-def test_errors_near_a_border_count_three_times_in_every_task_that_has_depth_beside_it():
+@pytest.mark.parametrize("unsure", [0.0, 0.2])
+def test_errors_near_a_border_count_three_times(unsure):
     """A log error of 0.2 and one of 30 degrees, on three pixels at a step or far from it."""
     target = stepped(1.0, 2.0)
     up = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 12)
     turn = math.radians(30)
     tilted = torch.tensor([math.sin(turn), 0.0, math.cos(turn)]).view(1, 3, 1, 1)
-    sure = torch.zeros_like(target)
-    for wrong, weight in ((slice(5, 8), 1.5), (slice(0, 3), 0.5)):
+    half = torch.where(near_steps(target), unsure, 0.0)
+    total = (0.1 / (0.1 + unsure) + 1) / 2  # the mean of the labels' own weights
+    for wrong, share in ((slice(5, 8), 1.5), (slice(0, 3), 0.5)):
+        weight = share * total
         depth, normals = target.clone(), up.clone()
         depth[..., wrong] *= math.exp(0.2)
         normals[..., wrong] = tilted
         batch = {
             "depth": target,
-            "depth_uncertainty": sure,
+            "depth_uncertainty": half,
             "normals": up,
-            "normals_uncertainty": sure,
+            "normals_uncertainty": 200 * half,
         }
         losses = all_losses(depth_answer(depth) | {"normals": normals}, batch)
         assert losses["depth_l1"].item() == pytest.approx(0.2 * weight * 3 / 12, rel=1e-4)
         assert losses["depth_robust"].item() == pytest.approx(math.log(3) * weight / 4, rel=1e-4)
-        square = 0.04 * weight / 4
-        want = math.sqrt(square - SILOG_LAMBDA * (0.2 * weight / 4) ** 2)
+        square = 0.04 * share / 4
+        want = math.sqrt(total * (square - SILOG_LAMBDA * (0.2 * share / 4) ** 2))
         assert losses["depth_silog"].item() == pytest.approx(want, rel=1e-4)
         assert losses["normals_angle"].item() == pytest.approx(turn * weight / 4, rel=2e-3)
-        alone = all_losses({"normals": normals}, {k: v for k, v in batch.items() if "norm" in k})
-        assert alone["normals_angle"].item() == pytest.approx(turn / 4, rel=2e-3)
+
+
+def test_errors_near_a_crease_count_three_times_in_normals_alone():
+    depth = torch.full((1, 1, 1, 12), 2.0)
+    turns = torch.deg2rad(stepped(0, 90))
+    creased = torch.cat([turns.sin(), torch.zeros_like(turns), turns.cos()], dim=1)
+    sure = torch.zeros_like(depth)
+    batch = {
+        "depth": depth,
+        "depth_uncertainty": sure,
+        "normals": creased,
+        "normals_uncertainty": sure,
+    }
+    for wrong, weight in ((slice(5, 8), 1.5), (slice(0, 3), 0.5)):
+        tilt = torch.zeros_like(depth)
+        tilt[..., wrong] = math.radians(30)
+        said = torch.cat(
+            [creased[:, :1] * tilt.cos(), tilt.sin(), creased[:, 2:] * tilt.cos()], dim=1
+        )
+        for tasks in ({"depth", "normals"}, {"normals"}):
+            losses = all_losses(
+                (depth_answer(depth * tilt.exp()) if "depth" in tasks else {}) | {"normals": said},
+                {k: v for k, v in batch.items() if k.split("_")[0] in tasks},
+            )
+            want = math.radians(30) * weight / 4
+            assert losses["normals_angle"].item() == pytest.approx(want, rel=2e-3)
+            if "depth" in tasks:
+                assert losses["depth_l1"].item() == pytest.approx(math.radians(30) / 4, rel=1e-4)
+
+
+def test_uncertainties_learn_the_labels_own_doubt_on_top_of_the_error():
+    """3, 4, 5; and the error alone where the label does not know its own."""
+    depth, target = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 2), math.exp(0.3))
+    doubt = torch.tensor([0.4, NAN]).view(1, 1, 1, 2)
+    nll = depth_losses(depth_answer(depth, 0.2), target, doubt)["depth_nll"].item()
+    assert nll == pytest.approx(math.log(0.4) + (0.5 + 0.3) / 2 / 0.2, rel=1e-4)
+    turn = math.radians(30)
+    up = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 2)
+    aim = torch.tensor([math.sin(turn), 0.0, math.cos(turn)]).view(1, 3, 1, 1).repeat(1, 1, 1, 2)
+    answer = {"normals": up, "normals_uncertainty": torch.full_like(depth, 20.0)}
+    nll = normals_losses(answer, aim, 100 * doubt)["normals_nll"].item()
+    assert nll == pytest.approx(math.log(20) + (50 + 30) / 2 / 20, rel=1e-3)
 
 
 def test_bins_cross_entropy_by_hand():
@@ -403,8 +480,10 @@ def test_worthless_labels_teach_nothing_but_the_uncertainty():
     said = torch.tensor([1.0, math.e**2]).view(1, 1, 1, 2)
     losses = depth_losses(depth_answer(said), target, spread)
     assert losses["depth_l1"].item() == 0 and losses["depth_gradient"].item() == 0
-    # both pixels count for the uncertainty: log 2b + |e| / b with b = 0.1 and errors 0 and 2
-    assert losses["depth_nll"].item() == pytest.approx(math.log(0.2) + (0 + 20) / 2, rel=1e-4)
+    # both pixels count for the uncertainty: log 2b + sqrt(e^2 + u^2) / b, b = 0.1, errors 0 and 2,
+    # the label's own at most 0.7
+    want = math.log(0.2) + (0.1 + math.sqrt(4.49)) / 2 / 0.1
+    assert losses["depth_nll"].item() == pytest.approx(want, rel=1e-4)
 
 
 def plane(normal: tuple[float, float, float], offset_m: float) -> torch.Tensor:
@@ -530,10 +609,11 @@ def test_normals_terms_weighted_by_hand_and_the_gradient_of_their_uncertainty():
     losses = normals_losses({"normals": said, "normals_uncertainty": mu}, target, spread)
     want = (0.5 * math.pi / 2 + math.pi / 3) / 2
     assert losses["normals_angle"].item() == pytest.approx(want, rel=1e-6)
-    want = (math.log(90) + 1 + math.log(20) + 3 + math.log(60) + 0.5) / 3
+    first, third = math.hypot(90, 20), math.hypot(30, 60)  # the label's own at most 60 degrees
+    want = (math.log(90) + first / 90 + math.log(20) + 3 + math.log(60) + third / 60) / 3
     assert losses["normals_nll"].item() == pytest.approx(want, rel=1e-6)
     losses["normals_nll"].backward()
-    slope = [0, (1 / 20 - 60 / 400) / 3, (1 / 60 - 30 / 3600) / 3, 0]  # 1 / mu - angle / mu^2
+    slope = [(1 / m - e / m**2) / 3 for m, e in ((90, first), (20, 60), (60, third))] + [0]
     assert mu.grad.flatten().tolist() == pytest.approx(slope, abs=1e-7)
     assert torch.autograd.gradcheck(
         lambda m: normals_losses({"normals": said, "normals_uncertainty": m}, target, spread)[

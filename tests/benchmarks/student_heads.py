@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from distill import losses, losses_depth, module
+from distill import losses, masked, module
 from distill.train import train
 from student.checkpoint import load_student, save_student
 from student.model import Student
@@ -85,6 +85,7 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "tasks": [(f"{n} alone", {"student": {"tasks": [n]}}) for n in ("depth", "normals")],
     "losses": [
         ("no border weight", {"border": 1.0}),
+        ("no creases", {"crease_deg": 180.0}),
         ("plain losses", {"border": 1.0, "weights": {"depth_robust": 0.0, "normals_angle": 1.0}}),
     ],
     "features": [("mini's features", {"features": {"name": "mini"}})],
@@ -93,7 +94,8 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("dpt", {"student": {"decoder": "dpt"}}),
     ],
 }
-BORDER_WEIGHT, LOSS_WEIGHTS = losses_depth.BORDER_WEIGHT, dict(losses.LOSS_WEIGHTS)
+BORDER_WEIGHT, LOSS_WEIGHTS = masked.BORDER_WEIGHT, dict(losses.LOSS_WEIGHTS)
+LABEL_CREASE_DEG = losses.CREASE_DEG
 CREASE_DEG = 30.0  # neighbours whose true normals are further apart
 STEP = 1.15  # neighbours whose true depths differ by more are a border, as is the sky's
 RINGS_PX = (0.0, 0.5, 1.5, 2.5, 4.5, 8.5, np.inf)  # distances from a border
@@ -241,7 +243,8 @@ def without_depth(path: str, out: Path) -> str:
 
 def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
     """Train one variant; the path of its student."""
-    losses_depth.BORDER_WEIGHT = differs.get("border", BORDER_WEIGHT)
+    masked.BORDER_WEIGHT = differs.get("border", BORDER_WEIGHT)
+    losses.CREASE_DEG = differs.get("crease_deg", LABEL_CREASE_DEG)
     losses.LOSS_WEIGHTS.update(LOSS_WEIGHTS | differs.get("weights", {}))
     module.all_losses = losses.all_losses if differs.get("uncertainty", True) else unweighted
     data = options[differs.get("data", "train")].split(",")
