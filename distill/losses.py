@@ -28,7 +28,7 @@ from distill.masked import (
     Mask,
     beside,
     border_weight,
-    error_and_doubt,
+    expected_error,
     global_sum,
     label_weight,
     masked_mean,
@@ -54,7 +54,7 @@ LOSS_WEIGHTS = {
     "depth_nll": 0.1,
     "normals_nll": 0.05,
 }
-CREASE_DEG = 15.0  # neighbours whose labelled normals differ by more lie on either side of a crease
+CREASE_DEG = 15.0  # neighbours whose labels differ by more lie on a crease: labels round them off
 BACKGROUND_SHARE = 0.1  # of an offset's loss where there is no instance (its aim is 0)
 
 
@@ -70,9 +70,10 @@ def angle_rad(a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Map:
 
 def near_creases(target: Float[Tensor, "b 3 h w"]) -> Mask:
     """Pixels near neighbours whose labelled unit normals are more than `CREASE_DEG` apart."""
-    x, y = target[..., 1:] * target[..., :-1], target[..., 1:, :] * target[..., :-1, :]
+    across = (target[..., 1:] * target[..., :-1]).sum(1, keepdim=True)  # cosines
+    down = (target[..., 1:, :] * target[..., :-1, :]).sum(1, keepdim=True)
     bound = math.cos(math.radians(CREASE_DEG))  # NaN is not below it
-    return beside(*(cosines.sum(1, keepdim=True) < bound for cosines in (x, y)))
+    return beside(across < bound, down < bound)
 
 
 def normals_losses(
@@ -84,10 +85,9 @@ def normals_losses(
     """The angular error in radians (Bae et al. 2021, "Estimating and Exploiting the Aleatoric
     Uncertainty in Surface Normal Estimation", without their distribution), and its expectation.
 
-    The uncertainty is the mean mu of an exponential distribution of the angle: log mu + angle / mu,
-    lowest at mu = E[angle]; in degrees, the angle detached and the label's own doubt added
-    (`error_and_doubt`). ``steps``: pixels near a step of the depth, which count like those near a
-    crease (`border_weight`).
+    The uncertainty is the mean mu of an exponential distribution of the angle to truth
+    (`expected_error`): log mu + angle / mu, lowest at mu = E[angle], in degrees. ``steps``: pixels
+    near a step of the depth, which count like those near a crease (`border_weight`).
     """
     known = ~torch.isnan(target).any(1, keepdim=True)
     predicted = answer["normals"]
@@ -99,7 +99,7 @@ def normals_losses(
     losses = {"normals_angle": masked_mean(angle, teaches, weight)}
     if "normals_uncertainty" in answer:
         mu = answer["normals_uncertainty"].clamp(min=1e-3)
-        degrees = error_and_doubt("normals", torch.rad2deg(angle), label_uncertainty)
+        degrees = expected_error("normals", torch.rad2deg(angle), label_uncertainty)
         losses["normals_nll"] = masked_mean(mu.log() + degrees / mu, known)
     return losses
 

@@ -17,7 +17,7 @@ from distill.masked import (
     Mask,
     beside,
     border_weight,
-    error_and_doubt,
+    expected_error,
     label_weight,
     masked_mean,
     reliable,
@@ -216,9 +216,9 @@ def depth_losses(
     distribution) keep the magnitude, SILog the shape, gradient matching the edges. Labels that are
     only affine (``space``, a code of `SPACES` per image) teach shape alone; the metric ones are the
     anchor. Sky is a binary cross-entropy wherever the label says sky or a depth. The uncertainty
-    follows the Laplace likelihood log 2b + |e| / b (Kendall & Gal 2017, equation 8) with the error
-    detached, so that it learns E|e| and never excuses the depth (Seitzer et al. 2022 describe that
-    trap). The error is that against truth, as far as the label knows its own (`error_and_doubt`).
+    follows the Laplace likelihood log 2b + |e| / b (Kendall & Gal 2017, equation 8) of the error
+    against truth (`expected_error`), detached, so that it learns E|e| and never excuses the depth
+    (Seitzer et al. 2022 describe that trap); bins and mixtures have theirs from their distribution.
     """
     error, known = log_error(answer["depth"], target)
     if space is None:
@@ -252,6 +252,6 @@ def depth_losses(
         losses["depth_robust"] = masked_mean(robust(error), by_claim, weight)
         if "depth_uncertainty" in answer:
             b = answer["depth_uncertainty"]
-            nll = (2 * b).log() + error_and_doubt("depth", error, label_uncertainty) / b
+            nll = (2 * b).log() + expected_error("depth", error, label_uncertainty) / b
             losses["depth_nll"] = masked_mean(nll, known & metric)
     return losses

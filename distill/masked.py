@@ -20,7 +20,7 @@ HALF_WEIGHT = {"depth": 0.1, "normals": 20.0, "semantic": 0.5}
 # The label's uncertainty from which a pixel does not count at all: its value is as good as none.
 UNRELIABLE = {"depth": 0.7, "normals": 60.0, "semantic": 0.9}
 BORDER_REACH_PX = 2  # so near a border pixels count
-BORDER_WEIGHT = 3.0  # times as much as elsewhere
+BORDER_WEIGHT = 3.0  # times as much as others
 
 
 _ALONE = contextvars.ContextVar("alone", default=False)
@@ -83,12 +83,13 @@ def reliable(task: str, uncertainty: Map) -> Mask:
     return ~(uncertainty > UNRELIABLE[task])
 
 
-def error_and_doubt(task: str, error: Map, uncertainty: Map) -> Map:
-    """The size of the error against truth to expect where the label errs by its ``uncertainty``.
+def expected_error(task: str, error: Map, uncertainty: Map) -> Map:
+    """How far from truth an answer is to be expected that is ``error`` away from its label.
 
-    sqrt(e^2 + u^2), detached, for errors that are independent of each other; |e| where the label
-    has no uncertainty; u at most `UNRELIABLE`. By |e| alone a student that repeats its teacher's
-    mistakes would be sure of them, and labels err most beside borders.
+    sqrt(e^2 + u^2), detached, with the label's uncertainty u; |e| where it has none. It holds for
+    a student that has learnt its labels' errors too, so that its distance from the label tells
+    nothing about the label's from truth; by |e| alone it would be sure of them, and most beside
+    borders (docs/results.md). u is at most `UNRELIABLE`: beyond, labels only say that they are bad.
     """
     doubt = uncertainty.nan_to_num(nan=0.0).clamp(max=UNRELIABLE[task])
     return torch.hypot(error.detach(), doubt.to(error.dtype))
@@ -107,7 +108,7 @@ def beside(across: Bool[Tensor, "b 1 h u"], down: Bool[Tensor, "b 1 v w"]) -> Ma
     near[..., :-1, :] |= down
     reach = BORDER_REACH_PX
     for dim, pad in ((-1, (reach, reach)), (-2, (0, 0, reach, reach))):
-        # by shifts of a mask: on a CPU forty times as fast as `max_pool2d`
+        # by shifts of a mask: on a CPU some twenty times as fast as `max_pool2d`
         padded = torch.nn.functional.pad(near, pad)
         shifts = (padded.narrow(dim, k, near.shape[dim]) for k in range(2 * reach + 1))
         near = functools.reduce(torch.logical_or, shifts)
@@ -115,19 +116,23 @@ def beside(across: Bool[Tensor, "b 1 h u"], down: Bool[Tensor, "b 1 v w"]) -> Ma
 
 
 def border_weight(weight: Map, near: Mask, known: Mask) -> Map:
-    """The weights, but so that a pixel near a border counts `BORDER_WEIGHT` times, on average.
+    """The weights, changed so that known pixels ``near`` a border count `BORDER_WEIGHT` times as
+    much as the others.
 
     A student is soon righter than its label far from borders and stays behind it beside them
-    (docs/results.md), where few pixels are and labels are unsure: by their uncertainty alone they
-    would count least. So that only ranks pixels among those near a border, and among the others.
-    Averages are those of the batch over ``known``, and theirs over both stays what it was.
+    (docs/results.md), where labels are least sure, so that by their uncertainty alone these pixels
+    would count less than others, not more. Uncertainty ranks pixels on either side, and images:
+    one that is unsure throughout counts as little as before. Averages over both sides are those of
+    the whole batch, each pixel taken relative to the mean of its image.
     """
-    there, others = known & near, known & ~near
-    counts = torch.stack([m.sum() for m in (there, others)])
-    sums = torch.stack([torch.where(m, weight, 0.0).sum() for m in (there, others)])
-    counts, sums = global_sum(torch.stack([counts.to(sums.dtype), sums])).unbind()
-    means = sums / counts.clamp(min=1)
-    factor = means.new_tensor([BORDER_WEIGHT, 1.0])
-    factor = factor * counts.sum() / (factor * counts).sum().clamp(min=1)
-    factor = factor * sums.sum() / counts.sum().clamp(min=1) / means.clamp(min=1e-6)
+    weight = weight.float()  # a half cannot count the pixels of a batch
+    image_mean = torch.where(known, weight, 0.0).sum((1, 2, 3), keepdim=True)
+    image_mean = image_mean / known.sum((1, 2, 3), keepdim=True).clamp(min=1)
+    relative = weight / image_mean.clamp(min=1e-6)
+    sides = torch.stack([known & near, known & ~near])
+    tally = [sides.float().sum((1, 2, 3, 4)), torch.where(sides, relative, 0.0).sum((1, 2, 3, 4))]
+    pixels, total = global_sum(torch.stack(tally)).unbind()
+    wanted = weight.new_tensor([BORDER_WEIGHT, 1.0])
+    wanted = wanted * pixels.sum() / (wanted * pixels).sum().clamp(min=1)  # 1 over both sides
+    factor = wanted / (total / pixels.clamp(min=1)).clamp(min=1e-6)
     return torch.where(known, weight * torch.where(near, factor[0], factor[1]), weight)

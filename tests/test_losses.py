@@ -26,7 +26,7 @@ from distill.losses_depth import (
     robust,
     silog,
 )
-from distill.masked import border_weight, label_weight, reliable
+from distill.masked import beside, border_weight, label_weight, reliable
 
 NAN = float("nan")
 
@@ -288,6 +288,21 @@ def test_pixels_within_two_of_a_crease_are_near_it(angle_deg, near, turned):
     assert near_creases(target).flatten().tolist() == (MIDDLE if near else [False] * 12)
 
 
+@pytest.mark.parametrize("size", [(9, 13), (1, 5), (5, 1), (2, 2), (1, 1)])
+def test_beside_a_border_is_within_two_pixels_of_its_either_side(size):
+    (h, w), some = size, torch.Generator().manual_seed(0)
+    for _ in range(5):
+        across = torch.rand(2, 1, h, w - 1, generator=some) > 0.96
+        down = torch.rand(2, 1, h - 1, w, generator=some) > 0.96
+        sides = torch.zeros(2, 1, h, w, dtype=torch.bool)
+        for n, _, y, x in across.nonzero().tolist():
+            sides[n, 0, y, x : x + 2] = True
+        for n, _, y, x in down.nonzero().tolist():
+            sides[n, 0, y : y + 2, x] = True
+        want = torch.nn.functional.max_pool2d(sides.float(), 5, stride=1, padding=2) > 0
+        assert torch.equal(beside(across, down), want)
+
+
 def test_pixels_near_a_border_count_three_times_however_unsure_their_labels_are():
     near = torch.tensor([[True, True, False, False, False, True]]).view(1, 1, 1, 6)
     known = torch.tensor([[True, True, True, True, True, False]]).view(1, 1, 1, 6)
@@ -300,13 +315,34 @@ def test_pixels_near_a_border_count_three_times_however_unsure_their_labels_are(
     assert (got[3] / got[2]).item() == pytest.approx(1.25)
 
 
+def test_an_image_that_is_unsure_throughout_counts_little_whatever_borders_it_has():
+    """A sure one without a border and an unsure one of which half is near: 6 of 24 pixels."""
+    weight = torch.cat([torch.full((1, 1, 1, 12), w) for w in (1.0, 0.1)])
+    near = torch.zeros(2, 1, 1, 12, dtype=torch.bool)
+    near[1, ..., 3:9] = True
+    got = border_weight(weight, near, weight > 0)
+    assert got[0].flatten().tolist() == pytest.approx([1 / 1.5] * 12)
+    assert got[1].mean().item() == pytest.approx(0.1 * (3 + 1) / 2 / 1.5)
+
+
 @pytest.mark.parametrize("near", [True, False])
 def test_where_all_or_nothing_is_near_a_border_weights_stay_as_they_are(near):
     weight = torch.tensor([0.1, 0.3, 0.8]).view(1, 1, 1, 3)
     everywhere = torch.full((1, 1, 1, 3), near)
-    for known in (torch.ones_like(everywhere), torch.zeros_like(everywhere)):
-        got = border_weight(weight, everywhere, known)
-        assert got.flatten().tolist() == pytest.approx([0.1, 0.3, 0.8])
+    got = border_weight(weight, everywhere, torch.ones_like(everywhere))
+    assert got.flatten().tolist() == pytest.approx([0.1, 0.3, 0.8])
+
+
+def test_border_weights_of_many_half_precision_pixels_and_of_none_are_finite():
+    near = torch.zeros(8, 1, 96, 128, dtype=torch.bool)
+    near[..., :32] = True
+    weight = torch.ones(8, 1, 96, 128, dtype=torch.float16)
+    got = border_weight(weight, near, torch.ones_like(near))
+    assert got.mean().item() == pytest.approx(1, rel=1e-5)
+    assert (got[near].mean() / got[~near].mean()).item() == pytest.approx(3, rel=1e-5)
+    nothing = weight[:0]
+    assert border_weight(nothing, near[:0], near[:0]).numel() == 0
+    assert torch.equal(border_weight(weight, near, torch.zeros_like(near)), weight.float())
 
 
 def test_borders_of_a_batch_share_one_average():
@@ -324,24 +360,29 @@ def test_errors_near_a_border_count_three_times(unsure):
     up = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 12)
     turn = math.radians(30)
     tilted = torch.tensor([math.sin(turn), 0.0, math.cos(turn)]).view(1, 3, 1, 1)
-    half = torch.where(near_steps(target), unsure, 0.0)
-    total = (0.1 / (0.1 + unsure) + 1) / 2  # the mean of the labels' own weights
+    unsure_of = torch.where(near_steps(target), unsure, 0.0)
+    mean_weight = (0.1 / (0.1 + unsure) + 1) / 2  # the mean of the labels' own weights
     for wrong, share in ((slice(5, 8), 1.5), (slice(0, 3), 0.5)):
-        weight = share * total
+        weight = share * mean_weight
         depth, normals = target.clone(), up.clone()
         depth[..., wrong] *= math.exp(0.2)
         normals[..., wrong] = tilted
         batch = {
             "depth": target,
-            "depth_uncertainty": half,
+            "depth_uncertainty": unsure_of,
             "normals": up,
-            "normals_uncertainty": 200 * half,
+            "normals_uncertainty": 200 * unsure_of,
         }
         losses = all_losses(depth_answer(depth) | {"normals": normals}, batch)
         assert losses["depth_l1"].item() == pytest.approx(0.2 * weight * 3 / 12, rel=1e-4)
         assert losses["depth_robust"].item() == pytest.approx(math.log(3) * weight / 4, rel=1e-4)
+        centre = depth.log().repeat(1, 2, 1, 1)  # two Laplacians at one place, of scale 1/2
+        mixture = torch.cat([centre, centre * 0 + 0.5, centre * 0 - math.log(2)], dim=1)
+        other = depth_answer(depth) | {"depth_mixture": mixture}
+        nll = depth_losses(other, target, unsure_of)["depth_mixture"].item()
+        assert nll == pytest.approx(0.2 / 0.5 * weight * 3 / 12, rel=1e-4)
         square = 0.04 * share / 4
-        want = math.sqrt(total * (square - SILOG_LAMBDA * (0.2 * share / 4) ** 2))
+        want = math.sqrt(mean_weight * (square - SILOG_LAMBDA * (0.2 * share / 4) ** 2))
         assert losses["depth_silog"].item() == pytest.approx(want, rel=1e-4)
         assert losses["normals_angle"].item() == pytest.approx(turn * weight / 4, rel=2e-3)
 

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from distill import losses, masked, module
+from distill import losses, losses_depth, masked, module
 from distill.train import train
 from student.checkpoint import load_student, save_student
 from student.model import Student
@@ -84,9 +84,9 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "augment": [(n, {"trainer": {"augment": n}}) for n in ("strong", "none")],
     "tasks": [(f"{n} alone", {"student": {"tasks": [n]}}) for n in ("depth", "normals")],
     "losses": [
-        ("no border weight", {"border": 1.0}),
+        ("no border weight", {"border": False}),
         ("no creases", {"crease_deg": 180.0}),
-        ("plain losses", {"border": 1.0, "weights": {"depth_robust": 0.0, "normals_angle": 1.0}}),
+        ("plain losses", {"border": False, "weights": {"depth_robust": 0.0, "normals_angle": 1.0}}),
     ],
     "features": [("mini's features", {"features": {"name": "mini"}})],
     "decoder": [
@@ -94,7 +94,7 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("dpt", {"student": {"decoder": "dpt"}}),
     ],
 }
-BORDER_WEIGHT, LOSS_WEIGHTS = masked.BORDER_WEIGHT, dict(losses.LOSS_WEIGHTS)
+BORDER_WEIGHT, LOSS_WEIGHTS = masked.border_weight, dict(losses.LOSS_WEIGHTS)
 LABEL_CREASE_DEG = losses.CREASE_DEG
 CREASE_DEG = 30.0  # neighbours whose true normals are further apart
 STEP = 1.15  # neighbours whose true depths differ by more are a border, as is the sky's
@@ -219,6 +219,11 @@ def unweighted(answer: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.T
     return losses.all_losses(answer, blind)
 
 
+def as_they_are(weight: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    """`border_weight` without it."""
+    return weight
+
+
 def first_images(paths: list[str], count: int, out: Path) -> list[str]:
     """Selection files that leave the first ``count`` images of these label sets."""
     files = []
@@ -243,7 +248,8 @@ def without_depth(path: str, out: Path) -> str:
 
 def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
     """Train one variant; the path of its student."""
-    masked.BORDER_WEIGHT = differs.get("border", BORDER_WEIGHT)
+    for room in (losses, losses_depth):
+        room.border_weight = BORDER_WEIGHT if differs.get("border", True) else as_they_are
     losses.CREASE_DEG = differs.get("crease_deg", LABEL_CREASE_DEG)
     losses.LOSS_WEIGHTS.update(LOSS_WEIGHTS | differs.get("weights", {}))
     module.all_losses = losses.all_losses if differs.get("uncertainty", True) else unweighted
