@@ -171,7 +171,7 @@ def make_precision(
 ) -> tuple[onnx.ModelProto | None, dict[str, Any]]:
     """(the graph, or None if it was declined; everything that was found out, plain JSON)."""
     source = named(model)
-    groups = [g for g in groups_of(source) if _has_weights(source, g)]
+    groups = [g for g in groups_of(source) if precision in HALF or _has_weights(source, g)]
     made: dict[frozenset[str], tuple[onnx.ModelProto, list[str]]] = {}
 
     def excess(islands: frozenset[str]) -> float:
@@ -201,6 +201,7 @@ def make_precision(
 
 
 def _has_weights(model: onnx.ModelProto, group: str) -> bool:
+    """Whether there is something to quantise; halves also round what has no weights."""
     return any(group_of(t.name) == group for t in model.graph.initializer)
 
 

@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.delivery import export_student
+from export.lowering import make_precision
 from export.precision import activation_ranges, group_of, groups_of, lower, named, quantised_share
 from export.rounding import emulate, low_precision, ranges, run_unoptimised
 from export.search import smallest_islands
@@ -209,6 +210,22 @@ def test_autocast_lowers_products_and_keeps_norms(precision, opset):
     )
     step = 2.0**-10 if precision == "fp16" else 2.0**-7
     assert 0 < np.abs(exact - rounded).max() < 20 * step * np.abs(exact).max()
+
+
+def test_with_every_group_in_fp32_a_half_graph_is_the_fp32_graph():
+    """Also what has no weights is a group: a picture is scaled before the first convolution."""
+    pytest.importorskip("modelopt.onnx", reason="NVIDIA Model-Optimizer is not installed")
+    model = conv_graph(WEIGHTS, scale=100)
+    x = feeds(seed=5, many=1)
+    exact = run_unoptimised(model, ["y"], x)[0][0]
+
+    def trial(low):
+        same = np.array_equal(run_unoptimised(emulate(low), ["y"], x)[0][0], exact)
+        return (0.0, []) if same else (2.0, ["not the same"])
+
+    graph, facts = make_precision(model, "fp16", trial=trial, feeds=feeds(), threads=1)
+    assert graph is not None and "declined" not in facts
+    assert "input" in facts["islands"]
 
 
 def test_without_model_optimizer_the_command_that_installs_it_is_told(monkeypatch):
