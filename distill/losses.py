@@ -187,12 +187,12 @@ def all_losses(answer: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dic
     """
     terms: dict[str, Tensor] = {}
     space = batch.get("depth_space")
+    steps = near_steps(batch["depth"], space) if "depth" in batch else None
     if "depth" in answer:
-        terms |= depth_losses(answer, batch["depth"], batch["depth_uncertainty"], space)
+        terms |= depth_losses(answer, batch["depth"], batch["depth_uncertainty"], space, steps)
     if "depth" in answer and "normals" in batch and "camera_known" in batch:
         terms |= surface_loss(answer, batch)
     if "normals" in answer:
-        steps = near_steps(batch["depth"], space) if "depth" in batch else None
         terms |= normals_losses(answer, batch["normals"], batch["normals_uncertainty"], steps)
     if "semantic" in answer:
         terms |= semantic_losses(answer, batch["semantic"], batch["semantic_uncertainty"])

@@ -209,6 +209,7 @@ def depth_losses(
     target: Map,
     label_uncertainty: Map,
     space: Int[Tensor, " b"] | None = None,
+    steps: Mask | None = None,
 ) -> dict[str, Tensor]:
     """Depth in the canonical camera, sky, and the depth's own uncertainty.
 
@@ -219,6 +220,7 @@ def depth_losses(
     follows the Laplace likelihood log 2b + |e| / b (Kendall & Gal 2017, equation 8) of the error
     against truth (`expected_error`), detached, so that it learns E|e| and never excuses the depth
     (Seitzer et al. 2022 describe that trap); bins and mixtures have theirs from their distribution.
+    ``steps``: pixels near a step (`near_steps`), which count more (`border_weight`).
     """
     error, known = log_error(answer["depth"], target)
     if space is None:
@@ -232,7 +234,8 @@ def depth_losses(
     cross = torch.nn.functional.binary_cross_entropy_with_logits(logits, is_sky, reduction="none")
     by_claim = teaches & metric
     weight = label_weight("depth", label_uncertainty)
-    weight = border_weight(weight, near_steps(target, space), by_claim)
+    if steps is not None:
+        weight = border_weight(weight, steps, by_claim)
     losses = {
         "depth_silog": silog(error, by_claim, weight),
         "depth_gradient": gradient_matching(error, by_claim, weight),

@@ -1,4 +1,5 @@
-"""Means over the known, over all processes of a lesson, weighted by how sure the teacher was."""
+"""Means over the known, over all processes of a lesson, weighted by how sure the teacher was and
+by whether a border is near."""
 
 from __future__ import annotations
 

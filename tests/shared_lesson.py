@@ -34,8 +34,8 @@ def batch_of(count: int) -> dict[str, torch.Tensor]:
         "centre_px": torch.full((count, 2), 30.0),
     }
     # borders are everywhere, but in some images of the second process (every other) at one place
-    batch["depth"][5::2] = 2.0
-    batch["depth"][5::2, :, :, 40:] = 5.0
+    batch["depth"][5::2] = 3.0
+    batch["depth"][5::2, :, :, 40:] = 4.0
     batch["normals"][5::2] = torch.tensor([0.0, 0.6, 0.8]).view(3, 1, 1)
     batch["normals"][5::2, :, 9:] = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1)
     batch["normals_uncertainty"][5::2, :, 20:] = 7.0

@@ -353,25 +353,26 @@ def test_borders_of_a_batch_share_one_average():
     assert weight[0, 0, 0, 0].item() == weight[1, 0, 0, 5].item() == pytest.approx(1 / 1.5)
 
 
-@pytest.mark.parametrize("unsure", [0.0, 0.2])
-def test_errors_near_a_border_count_three_times(unsure):
+@pytest.mark.parametrize("doubt", [0.0, 0.2])
+def test_errors_near_a_border_count_three_times(doubt):
     """A log error of 0.2 and one of 30 degrees, on three pixels at a step or far from it."""
     target = stepped(1.0, 2.0)
     up = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 12)
     turn = math.radians(30)
     tilted = torch.tensor([math.sin(turn), 0.0, math.cos(turn)]).view(1, 3, 1, 1)
-    unsure_of = torch.where(near_steps(target), unsure, 0.0)
-    mean_weight = (0.1 / (0.1 + unsure) + 1) / 2  # the mean of the labels' own weights
-    for wrong, share in ((slice(5, 8), 1.5), (slice(0, 3), 0.5)):
+    spread = torch.where(near_steps(target), doubt, 0.0)
+    own = 0.1 / (0.1 + doubt)  # the weight of the labels near the step
+    mean_weight = (own + 1) / 2
+    for wrong, share, alone_share in ((slice(5, 8), 1.5, own), (slice(0, 3), 0.5, 1.0)):
         weight = share * mean_weight
         depth, normals = target.clone(), up.clone()
         depth[..., wrong] *= math.exp(0.2)
         normals[..., wrong] = tilted
         batch = {
             "depth": target,
-            "depth_uncertainty": unsure_of,
+            "depth_uncertainty": spread,
             "normals": up,
-            "normals_uncertainty": 200 * unsure_of,
+            "normals_uncertainty": 200 * spread,
         }
         losses = all_losses(depth_answer(depth) | {"normals": normals}, batch)
         assert losses["depth_l1"].item() == pytest.approx(0.2 * weight * 3 / 12, rel=1e-4)
@@ -379,12 +380,14 @@ def test_errors_near_a_border_count_three_times(unsure):
         centre = depth.log().repeat(1, 2, 1, 1)  # two Laplacians at one place, of scale 1/2
         mixture = torch.cat([centre, centre * 0 + 0.5, centre * 0 - math.log(2)], dim=1)
         other = depth_answer(depth) | {"depth_mixture": mixture}
-        nll = depth_losses(other, target, unsure_of)["depth_mixture"].item()
+        nll = depth_losses(other, target, spread, None, near_steps(target))["depth_mixture"].item()
         assert nll == pytest.approx(0.2 / 0.5 * weight * 3 / 12, rel=1e-4)
         square = 0.04 * share / 4
         want = math.sqrt(mean_weight * (square - SILOG_LAMBDA * (0.2 * share / 4) ** 2))
         assert losses["depth_silog"].item() == pytest.approx(want, rel=1e-4)
         assert losses["normals_angle"].item() == pytest.approx(turn * weight / 4, rel=2e-3)
+        alone = all_losses({"normals": normals}, {k: v for k, v in batch.items() if "norm" in k})
+        assert alone["normals_angle"].item() == pytest.approx(turn * alone_share / 4, rel=2e-3)
 
 
 def test_errors_near_a_crease_count_three_times_in_normals_alone():

@@ -94,8 +94,7 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("dpt", {"student": {"decoder": "dpt"}}),
     ],
 }
-BORDER_WEIGHT, LOSS_WEIGHTS = masked.border_weight, dict(losses.LOSS_WEIGHTS)
-LABEL_CREASE_DEG = losses.CREASE_DEG
+LOSS_WEIGHTS, LABEL_CREASE_DEG = dict(losses.LOSS_WEIGHTS), losses.CREASE_DEG
 CREASE_DEG = 30.0  # neighbours whose true normals are further apart
 STEP = 1.15  # neighbours whose true depths differ by more are a border, as is the sky's
 RINGS_PX = (0.0, 0.5, 1.5, 2.5, 4.5, 8.5, np.inf)  # distances from a border
@@ -249,7 +248,7 @@ def without_depth(path: str, out: Path) -> str:
 def trained(differs: dict[str, Any], options: dict[str, str], out: Path) -> str:
     """Train one variant; the path of its student."""
     for room in (losses, losses_depth):
-        room.border_weight = BORDER_WEIGHT if differs.get("border", True) else as_they_are
+        room.border_weight = masked.border_weight if differs.get("border", True) else as_they_are
     losses.CREASE_DEG = differs.get("crease_deg", LABEL_CREASE_DEG)
     losses.LOSS_WEIGHTS.update(LOSS_WEIGHTS | differs.get("weights", {}))
     module.all_losses = losses.all_losses if differs.get("uncertainty", True) else unweighted
