@@ -79,9 +79,9 @@ def class_table(result: Mapping[str, Any]) -> list[Row]:
 
 
 def parity_table(result: Mapping[str, Any]) -> list[Row]:
-    """Heading and rows: artefact, output, measures against budgets, flips at ties, verdict."""
+    """Heading and rows: artefact, output, measures against budgets, what is at ties, verdict."""
     rows: list[Row] = [["artefact", "output", "unit", "p99.9", "max", "mean", "itself"]]
-    rows[0] = [*rows[0], "budgets of these four", "flips at ties", "verdict"]
+    rows[0] = [*rows[0], "budgets of these four", "at ties", "verdict"]
     missed = {(f["artefact"], f["measure"].split(" ")[0]) for f in result["findings"]}
     for name, table in result["artefacts"].items():
         for output, summary in table["parity"].items():

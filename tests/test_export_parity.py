@@ -59,6 +59,57 @@ def test_flips_at_ties_are_counted_apart():
     assert measures("semantic", found, expected, ties) == {"mean": 0.2, "tie_flips": 0.1}
 
 
+def step_at(column: int, *, near: float = 1.0, far: float = 2.0) -> np.ndarray:
+    """[40, 50] metres: ``near``, and ``far`` from ``column`` on."""
+    return np.where(np.arange(50) < column, near, far) * np.ones((40, 1))
+
+
+def test_depth_that_a_moved_step_explains_is_counted_apart():
+    expected = step_at(25)
+    found = expected.copy()
+    found[:4, 24] = 2.0  # 4 of 2000 pixels moved to the far side, 100 % away
+    found[4, 25] = 1.5  # and one to the middle, 25 % away
+    row = measures("depth", found, expected)
+    told = {"max": 0.0, "p999": 0.0, "mean": pytest.approx(4.25 / 2000), "tie_flips": 5 / 2000}
+    assert row == told
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "metres"),
+    [
+        (0, 26, 1.0),  # two pixels from the near side: no rounding moves a step so far
+        (0, 24, 2.01),  # beyond the far side
+        (0, 25, 0.99),  # before the near one
+        (0, 24, math.nan),
+        (0, 24, math.inf),
+    ],
+)
+def test_depth_that_no_moved_step_explains_counts_in_full(row, column, metres):
+    expected = step_at(25)
+    found = expected.copy()
+    found[row, column] = metres
+    told = measures("depth", found, expected)
+    assert told["tie_flips"] == 0.0 and told["max"] >= 0.01
+
+
+def test_a_step_needs_its_height_and_a_move_its_difference():
+    slope = step_at(25, near=1.0, far=1.14)
+    assert measures("depth", step_at(26, near=1.0, far=1.14), slope)["max"] == pytest.approx(
+        0.14 / 1.14
+    )
+    found = step_at(25)
+    found[0, 24] = 1.009
+    told = measures("depth", found, step_at(25))
+    assert told["tie_flips"] == 0.0 and told["max"] == pytest.approx(0.009)
+
+
+def test_a_picture_that_moved_by_a_pixel_is_seen_between_its_steps():
+    ramp = np.geomspace(1, 8, 50) * np.ones((40, 1))  # 4 % a pixel
+    ramp[:, 20:30] *= 0.5
+    told = measures("depth", np.roll(ramp, 1, axis=1)[:, 1:], ramp[:, 1:])
+    assert told["tie_flips"] > 0 and told["p999"] == pytest.approx(1 - 8 ** (-1 / 49), rel=1e-6)
+
+
 def test_margin_of_known_probabilities():
     probabilities = np.array([0.5, 0.3, 0.2]).reshape(1, 3, 1, 1)
     assert margin(np.log(probabilities) + 5)[0, 0, 0] == pytest.approx(0.2)
