@@ -23,6 +23,7 @@ SPLIT_SEEDS = {
     "shifted": range(2_000_000, 3_000_000),
 }
 # how often each kind of thing is tried; small and bulky ones more, as they show or fit less
+KINDS = ("room", "open")  # of scenes: indoors, outdoors
 INDOORS = {"sofa": 4, "table": 3, "shelf": 1, "chair": 2, "lamp": 0.8, "ball": 3, "box": 2.5,
            "bin": 0.8, "person": 1, "plant": 1}  # fmt: skip
 OUTDOORS = {"car": 4, "fence": 4, "tree": 2, "table": 2, "person": 1, "lamp": 0.8, "chair": 1.5,
@@ -85,10 +86,19 @@ def sample_scene(seed: int, *, split: str) -> Scene:
             f"{owned.stop - 1}; no seed belongs to two splits."
         )
     palette = Palette(np.random.default_rng(seed), other=split == "shifted")
-    kind = "room" if palette.chance(0.62) else "open"
+    kind = _kind(palette)
     layout = _Layout(palette, seed=seed, split=split, kind=kind)
     layout.furnish()
     return layout.scene
+
+
+def kind_of_scene(seed: int) -> str:
+    """``room`` or ``open``: a scene's first draw, told without making it."""
+    return _kind(Palette(np.random.default_rng(seed), other=False))
+
+
+def _kind(palette: Palette) -> str:
+    return KINDS[0] if palette.chance(0.62) else KINDS[1]
 
 
 def _heading(yaw_deg: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ pixel's centre and is never averaged, so that no value lies between two surfaces
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import numpy as np
 
 from teacher.errors import UsageError
 from teacher.label import Camera, Label, Task
-from teacher.scene_layout import SPLIT_SEEDS, Scene, View, sample_scene
+from teacher.scene_layout import KINDS, SPLIT_SEEDS, Scene, View, kind_of_scene, sample_scene
 from teacher.scene_materials import color_name
 from teacher.scene_objects import CLASSES
 from teacher.scene_render import mitsuba, render_scene
@@ -104,6 +105,7 @@ def make_scenes(
     n: int = 500,
     seed: int = 0,
     split: str = "train",
+    kind: str = "all",
     width: int = 128,
     height: int = 96,
     samples: int = 12,
@@ -113,7 +115,8 @@ def make_scenes(
     """Write ``n`` scenes as a label set whose teacher is ``truth``; resumable.
 
     ``seed`` counts from the start of the split's own million seeds, so that a call for training
-    can never make a held-out scene. ``threads`` 0 means all cores; the bytes are the same.
+    can never make a held-out scene. ``kind`` takes the next ``n`` seeds of that kind alone.
+    ``threads`` 0 means all cores; the bytes are the same.
     """
     from teacher.store import write_label_set
 
@@ -124,6 +127,15 @@ def make_scenes(
         raise UsageError(
             f"seed={seed} with n={n}: expected seed >= 0, n >= 1 and seed + n <= {len(seeds)}, "
             "because every split owns that many seeds."
+        )
+    if kind not in ("all", *KINDS):
+        raise UsageError(f"kind is {kind!r}; expected all, {' or '.join(KINDS)}.")
+    own = (s for s in seeds[seed:] if kind in ("all", kind_of_scene(s)))
+    wanted = list(itertools.islice(own, n))
+    if len(wanted) < n:
+        raise UsageError(
+            f"kind={kind}, seed={seed}: {len(wanted)} such scenes to the end of {split}'s seeds, "
+            f"expected n={n}; begin at an earlier seed."
         )
     sizes = {"width": width, "height": height, "samples": samples, "shard_size": shard_size}
     for name, value in sizes.items():
@@ -141,12 +153,13 @@ def make_scenes(
         "classes": {str(k): v for k, v in CLASSES.items()},
         "teacher": {"name": "truth", "scenes_version": VERSION, "mitsuba": mitsuba_version,
                     "split": split, "seed": seeds[seed], "n": n, "width": width,
-                    "height": height, "samples": samples},
+                    "height": height, "samples": samples,
+                    **({"kind": kind} if kind != "all" else {})},
         "licences": {"images": "Apache-2.0 (made by this project)"},
     }  # fmt: skip
 
     def make(i: int) -> Label:
-        scene = sample_scene(seeds[seed + i], split=split)
+        scene = sample_scene(wanted[i], split=split)
         return render(scene, width=width, height=height, samples=samples)
 
     facts = write_label_set(

@@ -11,7 +11,7 @@ import pytest
 
 from teacher.errors import UsageError
 from teacher.label import Task, validate
-from teacher.scene_layout import SPLIT_SEEDS, Scene, View, sample_scene
+from teacher.scene_layout import KINDS, SPLIT_SEEDS, Scene, View, kind_of_scene, sample_scene
 from teacher.scene_materials import (
     OTHER_PATTERNS,
     PATTERNS,
@@ -221,6 +221,26 @@ def test_doors_are_two_metres_high():
     assert len(heights) > 20 and 1.98 <= min(heights) and max(heights) <= 2.05
 
 
+@pytest.mark.parametrize("split", SPLIT_SEEDS)
+def test_the_kind_of_a_scene_is_known_from_its_seed(split):
+    for seed in SPLIT_SEEDS[split][:20]:
+        assert kind_of_scene(seed) == sample_scene(seed, split=split).kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scenes_of_one_kind_are_the_next_of_it(kind: str, tmp_path: Path):
+    pytest.importorskip("mitsuba", reason="needs the extra [scenes]")
+    from teacher.scenes import make_scenes
+    from teacher.store import LabelSet
+
+    out = str(tmp_path / kind)
+    make_scenes(out=out, n=3, seed=7, kind=kind, width=16, height=12, samples=1)
+    made = LabelSet(out)
+    assert made.meta["teacher"]["kind"] == kind
+    expected = [s for s in SPLIT_SEEDS["train"][7:60] if kind_of_scene(s) == kind][:3]
+    assert sorted(label.provenance["seed"] for label in made) == expected
+
+
 def test_a_seed_of_another_split_is_refused():
     with pytest.raises(UsageError, match="seed 1000000 does not belong to split 'train'"):
         sample_scene(1_000_000, split="train")
@@ -241,6 +261,10 @@ def test_the_verb_refuses_what_it_cannot_do(tmp_path: Path):
         make_scenes(out=str(tmp_path), n=2, width=0)
     with pytest.raises(UsageError, match="split is 'val'"):
         make_scenes(out=str(tmp_path), n=2, split="val")
+    with pytest.raises(UsageError, match="kind is 'street'; expected all, room or open"):
+        make_scenes(out=str(tmp_path), n=2, kind="street")
+    with pytest.raises(UsageError, match=r"kind=open, seed=999990: \d such scenes to the end"):
+        make_scenes(out=str(tmp_path), n=10, seed=999_990, kind="open")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@
     ... init=student.safetensors heads
 
     python tests/benchmarks/student_heads.py versus students=a/student.safetensors,b/... \\
-        held=truth/held-out answers=teacher/held-out [out=FILE]
+        held=truth/held-out,... answers=teacher/held-out,... [out=FILE]
 
 `versus` compares students with a teacher's stored answers to the same images (`distill label
 images=truth/held-out`), per image, by a paired bootstrap; and by the distance from the nearest
@@ -135,14 +135,20 @@ def per_image(report: dict, task: str, measure: str) -> list[float]:
     return [np.nan if v is None else v for v in values]
 
 
-def versus(students: list[str], held: LabelSet, answers: LabelSet) -> dict[str, dict[str, float]]:
+def versus(
+    students: list[str], held: list[LabelSet], answers: list[LabelSet]
+) -> dict[str, dict[str, float]]:
     """Students and a teacher's stored answers against truth, on the images that it answered."""
-    known = set(answers.keys)
-    asked = [label for label in held if label.key in known]
-    print(f"{len(asked)} of {len(held.keys)} images; {answers.path}")
+    by_key = {key: labels for labels in answers for key in labels.keys}
+    asked = [label for labels in held for label in labels if label.key in by_key]
+    print(f"{len(asked)} of {sum(len(s.keys) for s in held)} images; {[s.path for s in answers]}")
     found: dict[str, dict[str, float]] = {}
-    said = score(lambda x: answers[x.key].values, asked, tasks=list(NUMBERS))
-    near_teacher = {t: by_distance(asked, lambda x: answers[x.key].values, t) for t in NUMBERS}
+
+    def answer(label: Label) -> dict[Task, np.ndarray]:
+        return by_key[label.key][label.key].values
+
+    said = score(answer, asked, tasks=list(NUMBERS))
+    near_teacher = {t: by_distance(asked, answer, t) for t in NUMBERS}
     for path in students:
         model = load_student(path)
         tasks = [t for t in NUMBERS if t in model.tasks]
@@ -283,7 +289,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if groups == ["versus"]:
         found = versus(
-            options["students"].split(","), LabelSet(options["held"]), LabelSet(options["answers"])
+            options["students"].split(","),
+            *([LabelSet(p) for p in options[key].split(",")] for key in ("held", "answers")),
         )
         if "out" in options:
             Path(options["out"]).write_text(json.dumps(found, indent=1))
