@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from timm.optim import Muon
 from torch import Tensor, nn
 
 from distill.capture import save_capture
@@ -23,7 +22,7 @@ from distill.data import in_passes
 from distill.features import FeatureLoss
 from distill.losses import all_losses
 from distill.parallel import add_gradients, agreed, rank
-from distill.precision import DepthwiseInFloat32, autocast
+from distill.precision import DepthwiseInFloat32, Muon, autocast
 from distill.trainer import TrainerConfig
 from student.model import Student
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
+from timm.optim import muon
 from torch import Tensor, nn
+
+from teacher.generators.runtime import has_bfloat16
 
 # Name -> what the student computes in under autocast; the losses are always float32.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +31,21 @@ def autocast(precision: str, device: str) -> torch.autocast:
     """The context in which a network on ``device`` computes in one of `PRECISIONS`."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class Muon(muon.Muon):
+    """timm's, which orthogonalises in bfloat16, and in float32 on a device without it."""
+
+    def step(self, closure: Any = None) -> Any:
+        """As there."""
+        if has_bfloat16(self.param_groups[0]["params"][0].device):
+            return super().step(closure)
+        usual = muon.zeropower_via_newtonschulz  # `step` has no argument for its type
+        muon.zeropower_via_newtonschulz = functools.partial(usual, dtype=torch.float32)
+        try:
+            return super().step(closure)
+        finally:
+            muon.zeropower_via_newtonschulz = usual
 
 
 class DepthwiseInFloat32(nn.Conv2d):

@@ -50,6 +50,7 @@ from student.checkpoint import write_atomic
 from student.model import Student
 from teacher.cores import usable_cores
 from teacher.errors import EnvironmentFailure, UsageError
+from teacher.generators.runtime import has_bfloat16
 from teacher.jobs.licences import entry, merged, of_student, refuse
 from teacher.jobs.selection import apply_selections
 from teacher.label import Task
@@ -263,7 +264,14 @@ def _teach(
     config = lesson.config
     if (folder / STATE).exists():
         load_state(lesson, folder / STATE)
-    lesson.set_precision(chosen(config.precision, device))
+    precision = chosen(config.precision, device)
+    lesson.set_precision(precision)
+    if rank() == 0 and precision == "bf16" and not has_bfloat16(torch.device(device)):
+        tqdm.write(
+            f"trainer.precision=bf16: this {device.upper()} has no instructions for bfloat16 and "
+            "takes several times as long in it as in fp32; auto would choose fp32",
+            file=sys.stderr,
+        )
     if config.sync_norms:
         share_norms(lesson.student)
     conductor = Conductor(lesson, data, folder, identity)

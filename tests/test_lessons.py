@@ -18,8 +18,9 @@ from analytic_scenes import analytic_label, write_analytic_set
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_train import STUDENT, TRAINER
+from timm.optim import muon
 
-from distill import capture, conductor, module
+from distill import capture, conductor, module, precision
 from distill.capture import replay
 from distill.conductor import Conductor, Stopped
 from distill.data import in_validation
@@ -174,6 +175,42 @@ def test_bf16_on_a_cpu_leaves_depthwise_convolutions_in_float32(lesson):
     lesson.on_fit_start()
     assert types() == {True: {torch.float32}, False: {torch.bfloat16}}
     assert not any(isinstance(m, DepthwiseInFloat32) for m in lesson.average.student.modules())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_without_instructions_for_it_is_said(labels, tmp_path, monkeypatch, capsys, native):
+    monkeypatch.setattr("distill.train.has_bfloat16", lambda device: native)
+    run = {"student": STUDENT, "trainer": {**SHORT, "steps": 1, "precision": "bf16"}}
+    train(data=[labels], out=str(tmp_path / "run"), **run)
+    said = "trainer.precision=bf16: this CPU has no instructions for bfloat16"
+    assert (said in capsys.readouterr().err) is not native
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_orthogonalises_in_what_the_device_has(monkeypatch, native):
+    """In float32 where bfloat16 would be emulated, and timm's own is in its place afterwards."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: native)
+    usual, seen = muon.zeropower_via_newtonschulz, []
+
+    def watched(matrix, *args, dtype=torch.bfloat16, **kwargs):
+        seen.append(dtype)
+        if len(seen) == 2:
+            raise RuntimeError("out of memory")
+        return usual(matrix, *args, dtype=dtype, **kwargs)
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", watched)
+    weight = torch.nn.Parameter(torch.zeros(8, 24))
+    optimizer = precision.Muon(
+        [weight], lr=1.0, momentum=0.0, nesterov=False, adjust_lr_fn="original"
+    )
+    weight.grad = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    left = torch.linalg.svdvals(weight.detach()).sub(1).abs().max()
+    assert left < 0.5  # after five iterations
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert seen == [torch.bfloat16 if native else torch.float32] * 2
+    assert muon.zeropower_via_newtonschulz is watched
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])

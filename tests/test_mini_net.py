@@ -8,6 +8,7 @@ import torch
 from mini_rooms import TINY
 
 from teacher.errors import UsageError
+from teacher.generators import mini_generator
 from teacher.generators.mini_generator import MiniGenerator, draw, key_seed, noise_for, text_batch
 from teacher.generators.mini_net import Features, MiniNet
 
@@ -134,10 +135,23 @@ def test_saved_weights_come_back_and_the_card_is_checked(net, tmp_path):
         MiniGenerator.from_pretrained(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_the_generator_computes_in_what_the_device_has(net, monkeypatch, native, expected):
+    monkeypatch.setattr(mini_generator, "has_bfloat16", lambda device: native)
+    generator = MiniGenerator(net, CARD)
+    assert str(generator.dtype) == f"torch.{expected}"
+    image = np.zeros((24, 32, 3), np.uint8)
+    assert generator.encode([image], (24, 32)).half.dtype is generator.dtype
+    for dtype in ("bfloat16", "float32"):
+        assert str(MiniGenerator(net, CARD, dtype=dtype).dtype) == f"torch.{dtype}"
+    with pytest.raises(UsageError, match=r"dtype='float16', expected auto, float32 or bfloat16"):
+        MiniGenerator(net, CARD, dtype="float16")
+
+
 def test_an_answer_does_not_depend_on_the_batch(net, tmp_path):
     path = MiniGenerator.save(tmp_path / "g.safetensors", net.state_dict(), CARD)
     generator = MiniGenerator.from_pretrained(path)
-    generator.precision = torch.float32
+    generator.dtype = torch.float32
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (30, 40, 3)).astype(np.uint8) for _ in range(3)]
     features = generator.encode(images, (24, 32))

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.tune.adapter import Generator
 from distill.tune.pairs import Batch
 from teacher.errors import EnvironmentFailure, UsageError
+from teacher.generators.runtime import bfloat16_if_fast
 from teacher.prompts import KINDS
 
 CLIP_NORM = 1.0
@@ -45,7 +46,6 @@ class TuneModule(L.LightningModule):
         ema: float,
         average_from: int = 0,
         weight_decay: float = 0.01,
-        precision: torch.dtype = torch.bfloat16,
     ) -> None:
         """``ema`` is the decay per step of the averaged weights.
 
@@ -57,7 +57,7 @@ class TuneModule(L.LightningModule):
         self.generator, self.network = generator, generator.network
         self.schedule = {"peak": peak_lr, "warmup": warmup, "steps": steps, "decay": decay}
         self.average_from = average_from
-        self.ema_decay, self.weight_decay, self.precision = ema, weight_decay, precision
+        self.ema_decay, self.weight_decay = ema, weight_decay
         self.averaged = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.step = 0
         self.bad_steps = self.bad_in_a_row = 0
@@ -88,7 +88,7 @@ class TuneModule(L.LightningModule):
         rate = learning_rate(self.step, **self.schedule)  # type: ignore[arg-type]
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, self.precision):
+        with bfloat16_if_fast(self.device):
             losses = self.generator.losses(batch, step=self.step)
         optimizer.zero_grad(set_to_none=True)
         self.manual_backward(losses.total)

@@ -14,6 +14,7 @@ from distill.tune.pairs import Batch, Pairs
 from teacher.codecs.depth import DepthCodec
 from teacher.codecs.normals import NormalCodec
 from teacher.generators.mini_generator import to_pictures
+from teacher.generators.runtime import bfloat16_if_fast
 from teacher.metrics import depth_metrics, normal_metrics
 from teacher.prompts import KINDS
 
@@ -97,7 +98,7 @@ def report(
 ) -> dict[str, Any]:
     """Numbers at ``steps`` flow steps, and a sheet in ``folder``."""
     device = next(generator.network.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16):
+    with bfloat16_if_fast(device):
         numbers = validate(generator, pairs, steps=steps, batches=2)
         write_sheet(sheet(generator, pairs, steps=steps), folder / f"step-{step:07d}.png")
     return numbers

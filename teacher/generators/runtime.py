@@ -25,6 +25,23 @@ OFFLOADS = ("none", "model", "sequential")
 RESAMPLE = ("nearest-exact", "bilinear")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` computes in bfloat16, on a CPU by oneDNN's kernels.
+
+    A CPU without them takes seven to twenty times as long in it as in float32 (docs/results.md).
+    """
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and bool(
+            torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def bfloat16_if_fast(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where ``device`` has it (`has_bfloat16`); float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """How networks are held and run.
