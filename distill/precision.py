@@ -22,7 +22,7 @@ def chosen(precision: str, device: str) -> str:
     (docs/results.md, training).
     """
     if precision == "auto":
-        good = device == "cuda" and torch.cuda.is_bf16_supported()
+        good = device == "cuda" and has_bfloat16(torch.device(device))
         return "bf16" if good else "fp32"
     return precision
 

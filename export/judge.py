@@ -12,7 +12,8 @@ import numpy as np
 from export.answers import DARK_KEYS, load
 from export.budgets import LABEL_TASKS, Budgets, Finding, lookup, sign
 from export.letterbox import Letterbox, to_label_space
-from export.parity import TASK_OF, UNITS, measures, summarise
+from export.parity import TASK_OF, UNITS, measures, moved_steps, summarise
+from export.precision import HALF
 from export.references import Known, Reference, resampled
 from export.strata import Table, far_m, strata_table, worst_losses
 from teacher.label import Label, Task
@@ -102,16 +103,23 @@ class Judge:
             )
         }
 
-    def parity(self, name: str, reference: str, outputs: Sequence[str]) -> dict[str, Any]:
-        """Per output: `export.parity.summarise` over the images, and over the dark ones."""
+    def parity(
+        self, name: str, reference: str, outputs: Sequence[str], precision: str
+    ) -> dict[str, Any]:
+        """Per output: `export.parity.summarise` over the images, and over the dark ones.
+
+        Of half precisions alone, and on images that truth may judge too, steps may move a little.
+        """
         rows: dict[str, list[tuple[str, dict[str, float]]]] = {o: [] for o in outputs}
         dark: dict[str, list[tuple[str, dict[str, float]]]] = {o: [] for o in outputs}
         for keys, table in ((self.keys, rows), (DARK_KEYS, dark)):
             for key in keys:
                 found, expected = (load(self.folder, n, key) for n in (name, reference))
-                ties = expected.get("semantic_tie")
+                ties = {"semantic": expected.get("semantic_tie")}
+                if "depth" in outputs and precision in HALF and table is rows:
+                    ties["depth"] = moved_steps(found["depth"], expected["depth"])
                 for output in outputs:
-                    row = measures(output, found[output], expected[output], ties)
+                    row = measures(output, found[output], expected[output], ties.get(output))
                     table[output].append((key, row))
         return {
             output: summarise(rows[output])
@@ -155,7 +163,7 @@ class Judge:
                         budget=float(limit),
                         check="parity",
                         unit=UNITS[output],
-                        image=part["worst_image"],
+                        image=part["worst_mean_image" if measure == "mean" else "worst_image"],
                     )
                     for name, part in seen.items()
                     if not part[measure] <= limit

@@ -3,12 +3,13 @@
 ``depth`` and its uncertainty: |a - b| / b. ``normals``: the angle in degrees. ``offset``: the
 distance in pixels. Probabilities, logits and degrees: |a - b|, the largest over the channels.
 ``semantic``: 1 where the class differs, pixels apart at which the student itself hardly decides
-(`TIE`); of ``depth`` those apart that a step moved by a pixel explains (`moved_steps`). A value
-that is not finite is infinitely far from everything.
+(`TIE`); of ``depth`` in half precision those apart that a moved step explains (`moved_steps`). A
+value that is not finite is infinitely far from everything.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,6 +42,7 @@ UNITS = {
 TIE = 1e-2  # a probability margin of the first class over the second below this is a tie
 STEP = 1.15  # depths of neighbours whose ratio is larger lie on the two sides of a step
 MOVED = 1e-2  # relative difference of depth from which a step has moved
+MOVED_SHARE = 3e-3  # of an image's pixels: more are not moved by rounding
 MEASURES = ("max", "p999", "mean")
 
 
@@ -81,18 +83,34 @@ def _length(vectors: np.ndarray) -> np.ndarray:
 
 
 def moved_steps(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Pixels [N, H, W] bool whose difference is that of a step moved by a pixel or a part of one.
+    """Pixels bool [H, W] whose depth differs as it would if a step had moved by a part of a pixel.
 
-    Their depth lies between the least and the largest of the 3x3 pixels around, which are more than
-    `STEP` apart, and differs by more than `MOVED`. The sharper a student, the larger a difference
-    does the least rounding make there; as with a class at a tie, neither answer is the better one.
+    Their depth lies between the least and the largest of the 3x3 pixels around, two neighbours of
+    which are more than `STEP` apart, and differs by more than `MOVED`. The sharper a student, the
+    larger a difference does the rounding of half precision make there; as with a class at a tie,
+    neither answer is the better one. None where more than `MOVED_SHARE` of the image is so: that
+    many steps are not moved by rounding.
     """
-    edge = np.pad(expected, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    around = np.lib.stride_tricks.sliding_window_view(edge, (3, 3), axis=(1, 2))
-    least, largest = around.min((-1, -2)), around.max((-1, -2))
-    with np.errstate(invalid="ignore"):
-        between = (found >= least) & (found <= largest) & (largest > STEP * least)
-    return between & (gap("depth", found, expected) > MOVED)
+    moved = gap("depth", found[None], expected[None])[0] > MOVED
+    if not moved.any():
+        return moved
+    edge = np.pad(expected, 1, mode="edge")
+    least, largest = (_around(edge, rows=3, columns=3, of=f) for f in (np.minimum, np.maximum))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        log = np.log(edge)
+        across = _around(np.abs(np.diff(log, axis=1)), rows=3, columns=2, of=np.maximum)
+        down = _around(np.abs(np.diff(log, axis=0)), rows=2, columns=3, of=np.maximum)
+        moved &= (np.maximum(across, down) > np.log(STEP)) & (found >= least) & (found <= largest)
+    moved &= np.isfinite(found)
+    return moved if moved.mean() <= MOVED_SHARE else np.zeros_like(moved)
+
+
+def _around(x: np.ndarray, *, rows: int, columns: int, of: np.ufunc) -> np.ndarray:
+    """``of`` all values of each window of ``rows`` x ``columns``."""
+    for axis, size in enumerate((rows, columns)):
+        count = x.shape[axis] - size + 1
+        x = functools.reduce(of, [x.take(range(k, k + count), axis) for k in range(size)])
+    return x
 
 
 def measures(
@@ -101,8 +119,8 @@ def measures(
     """``max``, ``p999``, ``mean`` of `gap` over one image's pixels (arrays without N).
 
     For ``semantic`` the mean is the share of flipped pixels that are no ``ties`` (bool [H, W]),
-    ``tie_flips`` the share of the others, and ``max`` and ``p999`` are left out. For ``depth``
-    ``tie_flips`` is the share of `moved_steps`, which count in the mean alone.
+    ``tie_flips`` the share of the others, and ``max`` and ``p999`` are left out. For another output
+    ``ties`` (`moved_steps`) count in the mean alone, and ``tie_flips`` is their share.
     """
     distance = gap(name, found[None], expected[None])[0]
     if name == "semantic":
@@ -110,10 +128,9 @@ def measures(
         flips = distance > 0
         return {"mean": float((flips & ~tied).mean()), "tie_flips": float((flips & tied).mean())}
     result = {"mean": float(distance.mean())}
-    if name == "depth":
-        moved = moved_steps(found[None], expected[None])[0]
-        distance = np.where(moved, 0.0, distance)
-        result["tie_flips"] = float(moved.mean())
+    if ties is not None:
+        distance = np.where(ties, 0.0, distance)
+        result["tie_flips"] = float(ties.mean())
     rank = min(distance.size - 1, int(np.ceil(0.999 * distance.size)) - 1)
     p999 = np.partition(distance, rank, axis=None)[rank]
     return {"max": float(distance.max()), "p999": float(p999)} | result
@@ -130,7 +147,7 @@ def worst_gap(name: str, found: np.ndarray, expected: np.ndarray) -> float:
 def summarise(rows: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, Any]:
     """Per-image `measures` -> the set's: the worst image's max and p999, the mean of the means.
 
-    ``worst_image`` is the key of the image that decides.
+    ``worst_image`` is the key of the image that decides, ``worst_mean_image`` that of the mean.
     """
     listed = list(rows)
     names = {n for _, row in listed for n in row}
@@ -140,4 +157,5 @@ def summarise(rows: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, Any]
         result[name] = float(np.mean(values)) if name in ("mean", "tie_flips") else max(values)
     decisive = "p999" if "p999" in names else "mean"
     result["worst_image"] = max(listed, key=lambda item: item[1][decisive])[0]
+    result["worst_mean_image"] = max(listed, key=lambda item: item[1]["mean"])[0]
     return result

@@ -93,7 +93,7 @@ def judge_one(
         for o in wanted
         if o not in shared
     ]
-    told["parity"] = judge.parity(name, reference, shared)
+    told["parity"] = judge.parity(name, reference, shared, run["precision"])
     findings += judge.parity_findings(run, told["parity"])
     if all(t in run["outputs"] for t in judge.tasks if t in LABEL_TASKS):
         told["loss"], missed = judge.loss_findings(run, own, scores[reference])

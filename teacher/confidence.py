@@ -30,7 +30,7 @@ FORMAT, VERSION = "dense-distill calibration", 1
 DOMAIN_QUANTILE = 0.95  # share of the calibration's own images that count as inside its domain
 SHIPPED = Path(__file__).parent / "weights" / "calibration.json"  # of the mini teacher as it is
 # Keys of a teacher's description that do not change its answers (what is asked is `prompts`).
-VOLATILE = ("device", "dtype", "prompts_version")
+VOLATILE = ("device", "prompts_version")
 
 
 def fingerprint(description: Mapping[str, Any]) -> dict[str, Any]:

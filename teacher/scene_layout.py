@@ -22,8 +22,8 @@ SPLIT_SEEDS = {
     "heldout": range(1_000_000, 2_000_000),
     "shifted": range(2_000_000, 3_000_000),
 }
-# how often each kind of thing is tried; small and bulky ones more, as they show or fit less
 KINDS = ("room", "open")  # of scenes: indoors, outdoors
+# how often each kind of thing is tried; small and bulky ones more, as they show or fit less
 INDOORS = {"sofa": 4, "table": 3, "shelf": 1, "chair": 2, "lamp": 0.8, "ball": 3, "box": 2.5,
            "bin": 0.8, "person": 1, "plant": 1}  # fmt: skip
 OUTDOORS = {"car": 4, "fence": 4, "tree": 2, "table": 2, "person": 1, "lamp": 0.8, "chair": 1.5,

@@ -165,4 +165,8 @@ def make_scenes(
     facts = write_label_set(
         out, n=n, make=make, dataset=dataset, shard_size=shard_size, progress="scenes"
     )
-    return {"summary": f"{n} {split} scenes of {width}x{height} in {out}", "out": out, **facts}
+    what = split if kind == "all" else f"{split} {kind}"
+    summary = f"{n} {what} scenes of {width}x{height} in {out}"
+    if kind != "all":
+        summary += f"; the next are from seed={wanted[-1] - seeds.start + 1} on"
+    return {"summary": summary, "out": out, **facts}

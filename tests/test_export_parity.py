@@ -1,11 +1,13 @@
 """Distances between answers, worked by hand in each output's unit."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from export.parity import gap, margin, measures, summarise, worst_gap
+from export import judge
+from export.parity import gap, margin, measures, moved_steps, summarise, worst_gap
 
 
 def test_depth_is_relative_to_the_student():
@@ -64,14 +66,28 @@ def step_at(column: int, *, near: float = 1.0, far: float = 2.0) -> np.ndarray:
     return np.where(np.arange(50) < column, near, far) * np.ones((40, 1))
 
 
+def told(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """`measures` of depth with its moved steps."""
+    return measures("depth", found, expected, moved_steps(found, expected))
+
+
 def test_depth_that_a_moved_step_explains_is_counted_apart():
     expected = step_at(25)
     found = expected.copy()
     found[:4, 24] = 2.0  # 4 of 2000 pixels moved to the far side, 100 % away
     found[4, 25] = 1.5  # and one to the middle, 25 % away
-    row = measures("depth", found, expected)
-    told = {"max": 0.0, "p999": 0.0, "mean": pytest.approx(4.25 / 2000), "tie_flips": 5 / 2000}
-    assert row == told
+    mean = pytest.approx(4.25 / 2000)
+    assert told(found, expected) == {"max": 0.0, "p999": 0.0, "mean": mean, "tie_flips": 5 / 2000}
+    assert measures("depth", found, expected)["max"] == 1.0  # not asked for
+
+
+def test_more_moved_steps_than_rounding_makes_count_in_full():
+    expected = step_at(25)
+    found = expected.copy()
+    found[:6, 24] = 2.0
+    assert moved_steps(found, expected).sum() == 6
+    found[6, 24] = 2.0  # 3.5 in 1000
+    assert told(found, expected)["max"] == 1.0 and told(found, expected)["tie_flips"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -88,26 +104,45 @@ def test_depth_that_no_moved_step_explains_counts_in_full(row, column, metres):
     expected = step_at(25)
     found = expected.copy()
     found[row, column] = metres
-    told = measures("depth", found, expected)
-    assert told["tie_flips"] == 0.0 and told["max"] >= 0.01
+    row = told(found, expected)
+    assert row["tie_flips"] == 0.0 and row["max"] >= 0.01
 
 
-def test_a_step_needs_its_height_and_a_move_its_difference():
-    slope = step_at(25, near=1.0, far=1.14)
-    assert measures("depth", step_at(26, near=1.0, far=1.14), slope)["max"] == pytest.approx(
-        0.14 / 1.14
-    )
+def test_infinity_beside_infinity_is_no_moved_step():
+    expected = step_at(25, far=math.inf)
+    found = expected.copy()
+    found[0, 24] = math.inf
+    assert not moved_steps(found, expected).any()
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_a_step_needs_its_height_and_a_move_its_difference(across):
+    def turned(depth: np.ndarray) -> np.ndarray:
+        return depth if across else depth.T
+
+    slope = np.geomspace(1, 1.14**49, 50) * np.ones((40, 1))  # 14 % a pixel, 30 % over two
+    found = slope.copy()
+    found[0, 20] = slope[0, 21]
+    assert told(turned(found), turned(slope))["max"] == pytest.approx(0.14)
     found = step_at(25)
     found[0, 24] = 1.009
-    told = measures("depth", found, step_at(25))
-    assert told["tie_flips"] == 0.0 and told["max"] == pytest.approx(0.009)
+    row = told(turned(found), turned(step_at(25)))
+    assert row["tie_flips"] == 0.0 and row["max"] == pytest.approx(0.009)
+    found[0, 24] = 1.011
+    row = told(turned(found), turned(step_at(25)))
+    assert row["tie_flips"] == 1 / 2000 and row["max"] == 0.0
 
 
-def test_a_picture_that_moved_by_a_pixel_is_seen_between_its_steps():
-    ramp = np.geomspace(1, 8, 50) * np.ones((40, 1))  # 4 % a pixel
-    ramp[:, 20:30] *= 0.5
-    told = measures("depth", np.roll(ramp, 1, axis=1)[:, 1:], ramp[:, 1:])
-    assert told["tie_flips"] > 0 and told["p999"] == pytest.approx(1 - 8 ** (-1 / 49), rel=1e-6)
+def test_steps_move_in_half_precision_alone_and_not_in_the_dark(monkeypatch):
+    """What truth may not judge and what has no rounding is compared pixel by pixel."""
+    found = step_at(25)
+    found[0, 24] = 2.0
+    answers = {"fp.onnx": {"depth": found}, "student": {"depth": step_at(25)}}
+    monkeypatch.setattr(judge, "load", lambda folder, name, key: answers[name])
+    asked = SimpleNamespace(keys=["a"], folder=None)
+    for precision, least in (("fp32", 1.0), ("int8-trt", 1.0), ("fp16", 0.0), ("bf16", 0.0)):
+        summary = judge.Judge.parity(asked, "fp.onnx", "student", ["depth"], precision)["depth"]
+        assert (summary["max"], summary["dark"]["max"]) == (least, 1.0), precision
 
 
 def test_margin_of_known_probabilities():
@@ -120,4 +155,8 @@ def test_summary_names_the_worst_image():
         ("a", {"max": 1.0, "p999": 0.1, "mean": 0.02}),
         ("b", {"max": 0.5, "p999": 0.3, "mean": 0.04}),
     ]
-    assert summarise(rows) == {"max": 1.0, "p999": 0.3, "mean": 0.03, "worst_image": "b"}
+    assert summarise(rows) == {
+        "max": 1.0, "p999": 0.3, "mean": 0.03, "worst_image": "b", "worst_mean_image": "b"
+    }  # fmt: skip
+    rows[0][1]["mean"] = 0.06
+    assert summarise(rows)["worst_mean_image"] == "a" != summarise(rows)["worst_image"]

@@ -120,11 +120,6 @@ def test_answers_have_the_images_size_and_keep_the_contract(weights, size):
     assert len(answers[Task.DEPTH].extras["seeds"]) == 8
 
 
-def test_what_an_answer_was_computed_in_is_described(weights):
-    for dtype in ("float32", "bfloat16"):
-        assert MiniTeacher(weights=weights, dtype=dtype).describe()["dtype"] == dtype
-
-
 def test_answers_are_repeatable_and_do_not_depend_on_company(weights):
     teacher = MiniTeacher(weights=weights, seeds=2)
     queries = [query_of(room(i, height=H, width=W)) for i in range(3)]

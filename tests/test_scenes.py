@@ -234,11 +234,14 @@ def test_scenes_of_one_kind_are_the_next_of_it(kind: str, tmp_path: Path):
     from teacher.store import LabelSet
 
     out = str(tmp_path / kind)
-    make_scenes(out=out, n=3, seed=7, kind=kind, width=16, height=12, samples=1)
+    told = make_scenes(out=out, n=3, seed=7, kind=kind, width=16, height=12, samples=1)["summary"]
     made = LabelSet(out)
     assert made.meta["teacher"]["kind"] == kind
     expected = [s for s in SPLIT_SEEDS["train"][7:60] if kind_of_scene(s) == kind][:3]
     assert sorted(label.provenance["seed"] for label in made) == expected
+    assert told.endswith(
+        f"3 train {kind} scenes of 16x12 in {out}; the next are from seed={expected[-1] + 1} on"
+    )
 
 
 def test_a_seed_of_another_split_is_refused():

@@ -51,14 +51,11 @@ class MiniTeacher:
         mirror: bool = True,
         crops: int = 4,
         device: str = "cpu",
-        dtype: str = "auto",
     ) -> None:
         """Load the weights; ``seeds``, ``mirror``, ``crops`` say how many answers make one."""
         if steps < 1:
             raise UsageError(f"mini teacher: steps={steps}, expected at least 1")
-        self.generator = MiniGenerator.from_pretrained(
-            weights or WEIGHTS, device=device, dtype=dtype
-        )
+        self.generator = MiniGenerator.from_pretrained(weights or WEIGHTS, device=device)
         self.steps, self.variants = (
             steps,
             consensus.variants(seeds=seeds, mirror=mirror, crops=crops),
@@ -97,7 +94,6 @@ class MiniTeacher:
             "prompts": {str(t): self.prompt(t, name="{name}") for t in TASKS},
             "prompts_version": wordings.VERSION,
             "steps": self.steps,
-            "dtype": str(self.generator.dtype).removeprefix("torch."),
             "askings": [dataclasses.asdict(v) for v in self.variants],
             "codecs": {
                 "depth": self.depth_codec.to_json(),

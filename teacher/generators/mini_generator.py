@@ -23,7 +23,7 @@ from torch import Tensor
 from teacher.errors import UsageError
 from teacher.generators.mini_net import Features, MiniNet, Text
 from teacher.generators.mini_text import parse_colour, tokenize, words
-from teacher.generators.runtime import DTYPES, has_bfloat16
+from teacher.generators.runtime import has_bfloat16
 from teacher.prompts import KINDS
 
 FORMAT, VERSION = "mini-generator", 1
@@ -87,26 +87,17 @@ class MiniGenerator:
     size's pixels (`working_size`), because an encoded picture must not be resampled.
     """
 
-    def __init__(
-        self, net: MiniNet, card: dict[str, Any], *, sha256: str = "", dtype: str = "auto"
-    ) -> None:
+    def __init__(self, net: MiniNet, card: dict[str, Any], *, sha256: str = "") -> None:
         """``card`` is the JSON beside the weights: network sizes, tuning size, provenance."""
         self.net, self.card, self.sha256 = net, card, sha256
         self.device = next(net.parameters()).device
-        if dtype == "auto":
-            dtype = "bfloat16" if has_bfloat16(self.device) else "float32"
-        if dtype not in ("float32", "bfloat16"):
-            raise UsageError(f"mini teacher: dtype={dtype!r}, expected auto, float32 or bfloat16")
-        self.dtype = DTYPES[dtype]
+        self.dtype = torch.bfloat16 if has_bfloat16(self.device) else torch.float32
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str] = WEIGHTS, *, device: str = "cpu", dtype: str = "auto"
+        cls, path: str | os.PathLike[str] = WEIGHTS, *, device: str = "cpu"
     ) -> MiniGenerator:
-        """Load ``mini.safetensors`` and the ``.json`` card beside it.
-
-        ``dtype`` is ``float32``, ``bfloat16`` or ``auto``: bfloat16 where the device has it.
-        """
+        """Load ``mini.safetensors`` and the ``.json`` card beside it."""
         weights = Path(path)
         card_path = weights.with_suffix(".json")
         if not weights.exists() or not card_path.exists():
@@ -126,7 +117,7 @@ class MiniGenerator:
             raise UsageError(f"{weights} does not fit the card beside it: {error}") from None
         net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-        return cls(net, card, sha256=sha256, dtype=dtype)
+        return cls(net, card, sha256=sha256)
 
     @staticmethod
     def save(

@@ -7,6 +7,7 @@ Every answer keeps its image's pixel grid: resampling maps whole extents onto wh
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,12 @@ RESAMPLE = ("nearest-exact", "bilinear")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` computes in bfloat16, on a CPU by oneDNN's kernels.
+    """Whether ``device`` has instructions for bfloat16.
 
-    A CPU without them takes seven to twenty times as long in it as in float32 (docs/results.md).
+    A CPU without takes seven to twenty times as long in it as in float32 (docs/results.md).
     """
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()  # all that have AMX have it, too
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and bool(
             torch.ops.mkldnn._is_mkldnn_bf16_supported()
