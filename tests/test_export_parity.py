@@ -109,9 +109,10 @@ def test_depth_that_no_moved_step_explains_counts_in_full(row, column, metres):
 
 
 def test_infinity_beside_infinity_is_no_moved_step():
-    expected = step_at(25, far=math.inf)
+    expected = np.ones((40, 50))
+    expected[5, 25] = math.inf
     found = expected.copy()
-    found[0, 24] = math.inf
+    found[5, 24] = math.inf
     assert not moved_steps(found, expected).any()
 
 
