@@ -130,7 +130,7 @@ def make_scenes(
         )
     if kind not in ("all", *KINDS):
         raise UsageError(f"kind is {kind!r}; expected all, {' or '.join(KINDS)}.")
-    own = (s for s in seeds[seed:] if kind in ("all", kind_of_scene(s)))
+    own = (s for s in seeds[seed:] if kind == "all" or kind_of_scene(s) == kind)
     wanted = list(itertools.islice(own, n))
     if len(wanted) < n:
         raise UsageError(

@@ -36,6 +36,7 @@ from distill.trainer import trainer_config
 from student.checkpoint import load_student, save_student
 from student.model import Student
 from teacher.errors import UsageError
+from teacher.generators.runtime import has_bfloat16
 from teacher.label import Label, Task
 from teacher.store import LabelSet, write_label_set
 
@@ -175,6 +176,20 @@ def test_bf16_on_a_cpu_leaves_depthwise_convolutions_in_float32(lesson):
     lesson.on_fit_start()
     assert types() == {True: {torch.float32}, False: {torch.bfloat16}}
     assert not any(isinstance(m, DepthwiseInFloat32) for m in lesson.average.student.modules())
+
+
+def test_a_processor_without_the_instructions_has_no_bfloat16(monkeypatch):
+    flags = Path("/proc/cpuinfo")
+    if flags.exists() and "avx2" in flags.read_text():
+        assert has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags.read_text())
+    for native in (True, False):  # a GPU that emulates it is one without
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native: (
+                n or including_emulation
+            )
+        )  # fmt: skip
+        assert has_bfloat16(torch.device("cuda")) is native
+        assert precision.chosen("auto", "cuda") == ("bf16" if native else "fp32")
 
 
 @pytest.mark.parametrize("native", [True, False])
