@@ -1,8 +1,9 @@
-"""Three ways to say a depth: one number, a distribution over bins, a mixture of two Laplacians.
+"""Four ways to say a depth: one number, a number and a step, a distribution over bins, a mixture of
+two Laplacians.
 
-All three answer ``depth`` (canonical metres), ``sky`` and ``depth_uncertainty``; the last two also
-say the distribution that they were taught by. An L1 regressor learns the median, which between two
-surfaces is neither; the other two can name both surfaces and pick one (docs/results.md compares
+All answer ``depth`` (canonical metres), ``sky`` and ``depth_uncertainty``; the last two also say
+the distribution that they were taught by. An L1 regressor learns the median, which between two
+surfaces is neither; the other three can name both surfaces and pick one (docs/results.md compares
 them at equal cost).
 
 Depth is in metres of the canonical camera: D_canonical = D f_c / f (Yin et al. 2023, "Metric3D",
@@ -54,10 +55,40 @@ class LogDepthHead(nn.Module):
     def forward(self, x: Image) -> dict[str, Image]:
         """``depth`` [B,1,H,W] canonical m, ``sky`` logits, ``depth_uncertainty`` Laplace b."""
         maps = self.maps(x).float()
-        answer = _answer(maps[:, 0:1], maps[:, 1:2])
+        return self.said(maps[:, 0:1], maps)
+
+    def said(self, log_depth: Image, maps: Image) -> dict[str, Image]:
+        """``maps``: of which the second is the sky's logit, the third the log of the scale."""
+        answer = _answer(log_depth, maps[:, 1:2])
         if self.uncertainty:
             answer["depth_uncertainty"] = _scale(maps[:, 2:3])
         return answer
+
+
+class StepDepthHead(LogDepthHead):
+    """One log depth and, added to it, a step: half its height times tanh of the side.
+
+    Our own. A linear map of features that vary smoothly passes through every depth between two
+    surfaces; the tanh passes through them quickly, and height and place of a step are learnt apart
+    from each other. It begins without steps, so that a lesson may begin with the weights of a
+    `LogDepthHead` (``init=``).
+    """
+
+    def __init__(self, inputs: int, *, stride: int, uncertainty: bool) -> None:
+        """``inputs``: decoder channels."""
+        super().__init__(inputs, stride=stride, uncertainty=uncertainty)
+        self.step = nn.Conv2d(inputs, 2 * stride**2, 1)
+        with torch.no_grad():
+            for values in (self.step.weight, self.step.bias):
+                values[: stride**2] = 0  # type: ignore[index]
+
+    def forward(self, x: Image) -> dict[str, Image]:
+        """As `LogDepthHead`."""
+        hidden = self.maps.hidden(x)
+        maps = torch.cat([self.maps.out(hidden), self.step(hidden)], dim=1)
+        maps = self.maps.shuffle(maps).float()
+        height, side = maps[:, -2:-1], maps[:, -1:]
+        return self.said(maps[:, 0:1] + height * side.tanh(), maps)
 
 
 class BinsDepthHead(nn.Module):
@@ -137,4 +168,9 @@ class MixtureDepthHead(nn.Module):
         return answer
 
 
-DEPTH_HEADS = {"log": LogDepthHead, "bins": BinsDepthHead, "mixture": MixtureDepthHead}
+DEPTH_HEADS = {
+    "log": LogDepthHead,
+    "step": StepDepthHead,
+    "bins": BinsDepthHead,
+    "mixture": MixtureDepthHead,
+}
