@@ -72,7 +72,8 @@ def export_student(
         focal_px: the recorded camera's focal length at H x W; None: 60 degrees across.
         semantic_logits: also deliver the logits of the classes.
         calibration: label set whose images calibrate and judge every other precision than fp32.
-        calibration_images: so many calibrate, as many others judge (`export.lowering`).
+        calibration_images: so many calibrate, as many others judge the search, and up to 8 times
+            as many what it found (`export.lowering`).
         licence: ``refuse``: terms that no ancestor may have (`teacher.jobs.licences.TERMS`).
         tensorrt: None, or the options of `export.trt_engine.build` with which an engine of every
             precision but int8-cpu is built here, for this GPU and this TensorRT.

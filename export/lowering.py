@@ -1,15 +1,18 @@
 """From the fp32 graph to every precision asked for: calibrated, searched, timed, kept or declined.
 
-The label set named ``calibration`` is split: one image in two calibrates, the others judge, with
-the budgets of ``conf/task`` and the code of `distill verify`. A precision that misses a budget with
-all its islands, or that is measurably slower than fp32 where it is meant to run, is declined: its
-file is not written and its numbers stand in ``export.json``.
+The label set named ``calibration`` is split: some images calibrate, as many judge every trial of
+the search, with the budgets of ``conf/task`` and the code of `distill verify`; what it found is
+judged by all others (at most `WHOLE` times as many). The images that miss a budget there then judge
+the trials too and the search begins again, since the worst image of a few is not the worst of many.
+A precision that misses a budget with all its islands, or that is measurably slower than fp32 where
+it is meant to run, is declined: its file is not written and its numbers stand in ``export.json``.
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from tqdm import tqdm
 from export.answers import run_artefact, save_inputs
 from export.artefact import Card, plain
 from export.benchmark import race
-from export.budgets import LABEL_TASKS, default_budgets
+from export.budgets import LABEL_TASKS, Finding, default_budgets
 from export.judge import Judge
 from export.letterbox import Letterbox
 from export.precision import HALF, group_of, groups_of, lower, named, quantised_share
@@ -29,16 +32,21 @@ from export.references import find_references
 from export.rounding import FP16_MAX, ranges
 from export.runtimes import open_runtime
 from export.search import smallest_islands
-from export.verdict import judge_one
+from export.verdict import integrity, judge_one
 from teacher.errors import UsageError
 from teacher.store import LabelSet
 
 FASTER = 0.97  # of fp32's time, or less: what counts as faster
 LOUDEST = 12  # tensors listed with their range
+WHOLE = 8  # times as many images as judge a trial judge what the search found
+SEARCHES = 6  # at most, each with the images that the one before missed
 
 
-def split_keys(labels: LabelSet, images: int) -> tuple[list[str], list[str]]:
-    """Keys that calibrate, keys that judge: alternating, evenly spread over the set."""
+def split_keys(labels: LabelSet, images: int) -> tuple[list[str], list[str], list[str]]:
+    """Keys that calibrate, that judge a trial, and that judge what was found (these among them).
+
+    The first two alternate, evenly spread over the set; the last are at most `WHOLE` times as many.
+    """
     step = max(1, len(labels.keys) / max(1, 2 * images))
     chosen = [labels.keys[int(i * step)] for i in range(min(len(labels.keys), 2 * images))]
     if len(chosen) < 4:
@@ -46,7 +54,11 @@ def split_keys(labels: LabelSet, images: int) -> tuple[list[str], list[str]]:
             f"calibration={labels.path}: found {len(chosen)} images, expected at least 4: some "
             "calibrate and the others judge."
         )
-    return chosen[::2], chosen[1::2]
+    calibrating, judging = chosen[::2], chosen[1::2]
+    used = set(chosen)
+    rest = [key for key in labels.keys if key not in used]
+    more = min(len(rest), (WHOLE - 1) * len(judging))
+    return calibrating, judging, judging + [rest[i * len(rest) // more] for i in range(more)]
 
 
 def feeds_of(labels: LabelSet, keys: Sequence[str], card: Card) -> list[dict[str, np.ndarray]]:
@@ -64,15 +76,16 @@ def feeds_of(labels: LabelSet, keys: Sequence[str], card: Card) -> list[dict[str
 
 
 class Trial:
-    """Judges one graph after the other on the judging half, within the budgets of a precision."""
+    """Judges one graph after the other by some images, within the budgets of a precision."""
 
     def __init__(
         self, reference: Path, labels: LabelSet, keys: Sequence[str], folder: Path
     ) -> None:
-        """Run the reference once; ``folder`` is for the answers, and temporary."""
-        self.file, self.folder = folder / "trial.onnx", folder / "answers"
+        """Run the reference once; answers lie in a new folder in ``folder``, which is temporary."""
         self.keys, self.reference = list(keys), reference.name
-        self.folder.mkdir()
+        self.joined_by = functools.partial(self._joined_by, reference, labels, folder)
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
+        self.file = self.folder / "trial.onnx"
         with open_runtime(reference, threads=torch.get_num_threads()) as runtime:
             save_inputs(labels, keys, runtime.card, self.folder)
         self.student = self._run(reference)
@@ -101,12 +114,17 @@ class Trial:
             question=False,
         )
 
-    def __call__(self, model: onnx.ModelProto) -> tuple[float, list[str]]:
-        """(worst measure as a multiple of its budget, what was missed as sentences)."""
+    def _joined_by(
+        self, reference: Path, labels: LabelSet, folder: Path, images: Sequence[str]
+    ) -> Trial:
+        return Trial(reference, labels, [*self.keys, *images], folder)
+
+    def __call__(self, model: onnx.ModelProto) -> tuple[float, list[Finding]]:
+        """(worst measure as a multiple of its budget, what was missed)."""
         self.file.write_bytes(model.SerializeToString())
         run = self._run(self.file)
         if "error" in run:
-            return np.inf, [run["error"]]
+            return np.inf, integrity({run["file"]: run}, None, "")
         findings, told, _ = judge_one(
             self.judge, run, self.student, self.scores, self.strata, self.reference
         )
@@ -115,7 +133,7 @@ class Trial:
             known = isinstance(finding.found, float) and isinstance(finding.budget, float)
             share = finding.found / finding.budget if known else np.inf  # type: ignore[operator]
             worst = max(worst, share, 1.0 + 1e-9)
-        return float(worst), [str(f) for f in findings]
+        return float(worst), findings
 
 
 def _closest(parity: Mapping[str, Any], precision: str, judge: Judge) -> float:
@@ -149,14 +167,24 @@ def lower_all(
     images: int,
 ) -> Iterator[tuple[str, onnx.ModelProto | None, dict[str, Any]]]:
     """(precision, graph or None, facts) for each; ``reference``: the student's checkpoint."""
-    calibrating, judging = split_keys(labels, images)
+    calibrating, judging, whole = split_keys(labels, images)
     feeds = feeds_of(labels, calibrating, card)
-    about = {"labels": str(labels.path), "calibrating": calibrating, "judging": judging}
+    about = {
+        "labels": str(labels.path),
+        "calibrating": calibrating,
+        "judging": judging,
+        "judging the found": len(whole),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(reference, labels, judging, Path(folder))
+        few, all_of_them = (Trial(reference, labels, k, Path(folder)) for k in (judging, whole))
         for precision in tqdm(precisions, desc="precisions", disable=None, leave=False):
             graph, facts = make_precision(
-                model, precision, trial=trial, feeds=feeds, threads=torch.get_num_threads()
+                model,
+                precision,
+                trial=few,
+                whole=all_of_them,
+                feeds=feeds,
+                threads=torch.get_num_threads(),
             )
             yield precision, graph, facts | {"calibration": about}
 
@@ -166,28 +194,41 @@ def make_precision(
     precision: str,
     *,
     trial: Trial,
+    whole: Trial,
     feeds: list[dict[str, np.ndarray]],
     threads: int,
 ) -> tuple[onnx.ModelProto | None, dict[str, Any]]:
-    """(the graph, or None if it was declined; everything that was found out, plain JSON)."""
+    """(the graph, or None if it was declined; everything that was found out, plain JSON).
+
+    ``trial`` judges every set of islands, ``whole`` what the search found; see the module.
+    """
     source = named(model)
     groups = [g for g in groups_of(source) if precision in HALF or _has_weights(source, g)]
-    made: dict[frozenset[str], tuple[onnx.ModelProto, list[str]]] = {}
 
-    def excess(islands: frozenset[str]) -> float:
-        low = recarded(lower(model, precision, feeds, islands=sorted(islands)), precision)
-        value, missed = trial(low)
-        made[islands] = (low, missed)
-        return value
+    @functools.cache
+    def lowered(islands: frozenset[str]) -> onnx.ModelProto:
+        return recarded(lower(model, precision, feeds, islands=sorted(islands)), precision)
 
-    found = smallest_islands(groups, excess)
-    facts: dict[str, Any] = {"groups": groups, "trials": found.trail, "excess": found.excess}
-    if found.islands is None:
-        _, missed = made[frozenset(groups)]
-        told = "misses a budget even with every group in fp32: " + "; ".join(missed[:2])
-        return None, plain(facts | {"declined": told})
-    low, _ = made[frozenset(found.islands)]
-    facts |= {"islands": list(found.islands), "lowered_share": round(quantised_share(low), 4)}
+    added: list[str] = []
+    facts: dict[str, Any] = {"groups": groups, "added": added}
+    for searches in range(1, SEARCHES + 1):
+        found = smallest_islands(groups, _excess(trial, lowered))
+        facts |= {"trials": found.trail, "excess": found.excess, "searches": searches}
+        if found.islands is None:
+            _, missed = trial(lowered(frozenset(groups)))
+            told = "misses a budget even with every group in fp32: " + _first(missed)
+            return None, plain(facts | {"declined": told})
+        low = lowered(frozenset(found.islands))
+        facts |= {"islands": list(found.islands), "lowered_share": round(quantised_share(low), 4)}
+        _, missed = whole(low)
+        worst = sorted({f.image for f in missed if f.image} - set(trial.keys))
+        if not worst:
+            break
+        added += worst
+        trial = trial.joined_by(worst)
+    if missed:
+        told = f"misses a budget on {len(whole.keys)} images, after {searches} searches: "
+        return None, plain(facts | {"declined": told + _first(missed)})
     if precision in HALF:
         facts["ranges"] = _loudest(model, feeds)
     facts["speed"] = _speed(model, low, precision, feeds, threads=threads)
@@ -198,6 +239,16 @@ def make_precision(
         )
         return None, plain(facts | {"declined": told})
     return low, plain(facts)
+
+
+def _excess(
+    trial: Trial, lowered: Callable[[frozenset[str]], onnx.ModelProto]
+) -> Callable[[frozenset[str]], float]:
+    return lambda islands: trial(lowered(islands))[0]
+
+
+def _first(missed: Sequence[Finding]) -> str:
+    return "; ".join(str(finding) for finding in missed[:2])
 
 
 def _has_weights(model: onnx.ModelProto, group: str) -> bool:

@@ -50,7 +50,7 @@ class Student(nn.Module):
         decoder: ``fpn``, light, or ``dpt``, wider and without the image's own detail.
         decoder_channels: channels at the decoder's output stride.
         decoder_stride: 2 or 4; the heads' sub-pixels do the rest.
-        depth_head: ``log``, ``bins`` or ``mixture`` (`student.depth_heads`).
+        depth_head: ``log``, ``step``, ``bins`` or ``mixture`` (`student.depth_heads`).
         uncertainty: whether each task also predicts its uncertainty.
         calibration: constants fitted to truth after training: ``depth`` [a, b] for a depth + b
             (canonical metres), ``TASK_uncertainty`` [g, p] for g u^p.

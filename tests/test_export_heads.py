@@ -20,6 +20,7 @@ ALL = ["depth", "normals", "semantic", "instances"]
 STUDENTS = {
     "transformer, bins": {"backbone": "test_vit", "depth_head": "bins", "decoder": "dpt"},
     "convnext, mixture": {"backbone": "test_convnext", "depth_head": "mixture"},
+    "convnext, step": {"backbone": "test_convnext", "depth_head": "step"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,8 +11,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from export.budgets import Finding
 from export.delivery import export_student
-from export.lowering import make_precision
+from export.lowering import make_precision, split_keys
 from export.precision import activation_ranges, group_of, groups_of, lower, named, quantised_share
 from export.rounding import emulate, low_precision, ranges, run_unoptimised
 from export.search import smallest_islands
@@ -219,13 +221,77 @@ def test_with_every_group_in_fp32_a_half_graph_is_the_fp32_graph():
     x = feeds(seed=5, many=1)
     exact = run_unoptimised(model, ["y"], x)[0][0]
 
-    def trial(low):
-        same = np.array_equal(run_unoptimised(emulate(low), ["y"], x)[0][0], exact)
-        return (0.0, []) if same else (2.0, ["not the same"])
+    def same(low):
+        return np.array_equal(run_unoptimised(emulate(low), ["y"], x)[0][0], exact)
 
-    graph, facts = make_precision(model, "fp16", trial=trial, feeds=feeds(), threads=1)
+    trial = Judging({"image": same})
+    graph, facts = make_precision(model, "fp16", trial=trial, whole=trial, feeds=feeds(), threads=1)
     assert graph is not None and "declined" not in facts
-    assert "input" in facts["islands"]
+    assert "input" in facts["islands"] and facts["searches"] == 1
+
+
+class Judging:
+    """A trial whose images ask something of the graph."""
+
+    def __init__(self, images, rest=None):
+        self.images, self.rest, self.keys = images, rest or {}, list(images)
+
+    def joined_by(self, keys):
+        return Judging({**self.images, **{k: self.rest[k] for k in keys}}, self.rest)
+
+    def __call__(self, low):
+        bad = [key for key, passes in self.images.items() if not passes(low)]
+        about = {"artefact": "x", "task": "depth", "measure": "p999", "budget": 0.1}
+        found = [Finding(**about, found=0.2, check="parity", image=key) for key in bad]
+        return (2.0 if bad else 0.5), found
+
+
+def test_an_image_that_misses_what_the_search_found_takes_part_in_the_next_search():
+    images = {
+        "easy": lambda low: True,
+        "hard": lambda low: quantised_share(low) < 1,
+        "harder": lambda low: quantised_share(low) < 0.5,
+    }
+    shares = {w.size / sum(v.size for v in WEIGHTS) for w in WEIGHTS}
+    assert min(shares) < 0.5 < max(shares)  # the larger one is to stay in fp32
+    asked = {"feeds": feeds(), "threads": 1, "precision": "int8-trt"}
+    few, whole = Judging({"easy": images["easy"]}, images), Judging(images)
+    graph, facts = make_precision(conv_graph(WEIGHTS), trial=few, whole=whole, **asked)
+    assert quantised_share(graph) == pytest.approx(min(shares))
+    assert facts["added"] == ["hard", "harder"] and facts["searches"] == 2
+    _, facts = make_precision(conv_graph(WEIGHTS), trial=few, whole=few, **asked)
+    assert facts["islands"] == [] == facts["added"] and facts["searches"] == 1
+
+
+def test_what_no_search_mends_is_declined_and_says_on_how_many_images(monkeypatch):
+    easy, seen = {"easy": lambda low: True}, []
+
+    def once(low):  # good enough in every trial, on all images never
+        seen.append(low)
+        return False
+
+    asked = {"feeds": feeds(), "threads": 1, "precision": "int8-trt"}
+    few, whole = Judging(easy, {"b": lambda low: True}), Judging({**easy, "b": once})
+    graph, facts = make_precision(conv_graph(WEIGHTS), trial=few, whole=whole, **asked)
+    assert graph is None and len(seen) == 2 and facts["added"] == ["b"]
+    told = "misses a budget on 2 images, after 2 searches: x: depth: p999 is 0.2"
+    assert facts["declined"].startswith(told)
+
+
+def test_what_judges_at_last_is_more_than_what_judges_each_trial():
+    labels = SimpleNamespace(path="p", keys=[f"k{i:04}" for i in range(1000)])
+    calibrating, judging, whole = split_keys(labels, 8)
+    assert len(calibrating) == len(judging) == 8 and len(whole) == len(set(whole)) == 64
+    assert set(judging) < set(whole) and not set(calibrating) & set(whole)
+    labels.keys = labels.keys[:20]
+    calibrating, judging, whole = split_keys(labels, 32)
+    assert len(calibrating) == len(judging) == len(whole) == 10
+    labels.keys = labels.keys[:17]
+    calibrating, judging, whole = split_keys(labels, 4)
+    assert set(whole) | set(calibrating) == set(labels.keys) and len(whole) == 13
+    labels.keys = labels.keys[:3]
+    with pytest.raises(UsageError, match="found 3 images, expected at least 4"):
+        split_keys(labels, 4)
 
 
 def test_without_model_optimizer_the_command_that_installs_it_is_told(monkeypatch):

@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 
 from export.onnx_graph import card_of, to_onnx
 from student.backbone import Backbone, StudentError
-from student.depth_heads import BINS, BinsDepthHead, MixtureDepthHead, bin_centres
+from student.depth_heads import (
+    BINS,
+    BinsDepthHead,
+    LogDepthHead,
+    MixtureDepthHead,
+    StepDepthHead,
+    bin_centres,
+)
 from student.dpt import DptDecoder
 from student.grouping import group
 from student.model import Student
@@ -59,6 +66,33 @@ def test_a_mixture_answers_its_higher_peak_with_the_expected_distance():
     density += (1 - weight) / (2 * b_far) * np.exp(-np.abs(x - far) / b_far)
     want = np.trapezoid(density * np.abs(x - near), x)
     assert said["depth_uncertainty"].item() == pytest.approx(want, rel=1e-4)
+
+
+def test_a_step_lies_half_its_height_to_either_side_of_the_log_depth():
+    head = StepDepthHead(8, stride=2, uncertainty=True)
+    torch.nn.init.zeros_(head.step.weight)
+    for side, want in ((9.0, 4.0), (-9.0, 1.0), (0.0, 2.0), (math.atanh(0.5), 2 * math.sqrt(2))):
+        half_height = math.log(2.0)
+        with torch.no_grad():
+            head.step.bias.copy_(torch.tensor([half_height, side]).repeat_interleave(4))
+        said = spoken(head, torch.tensor([math.log(2.0), -3.0, math.log(0.3)]))
+        assert said["depth"].item() == pytest.approx(want, rel=1e-4)
+        assert said["sky"].item() == -3.0
+        assert said["depth_uncertainty"].item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("uncertainty", [True, False])
+def test_a_step_head_begins_as_the_log_head_it_takes_its_weights_from(uncertainty):
+    log = LogDepthHead(8, stride=4, uncertainty=uncertainty).eval()
+    step = StepDepthHead(8, stride=4, uncertainty=uncertainty).eval()
+    missing, strange = step.load_state_dict(log.state_dict(), strict=False)
+    assert sorted(missing) == ["step.bias", "step.weight"] and not strange
+    x = torch.randn(2, 8, 3, 5)
+    said, other = step(x), log(x)
+    assert said.keys() == other.keys() and all(torch.equal(said[k], other[k]) for k in said)
+    said["depth"].sum().backward()
+    height, side = step.step.weight.grad.split(16)
+    assert height.abs().sum() > 0 and not side.any()  # the height first, then the side learns
 
 
 @pytest.mark.parametrize("head", ["bins", "mixture"])
@@ -131,6 +165,7 @@ def test_grouping_ignores_nan_and_small_things():
     [
         {"tasks": ["depth", "normals", "instances"], "depth_head": "bins", "decoder": "dpt"},
         {"tasks": ["depth"], "depth_head": "mixture", "calibration": {"depth": [2.0, 0.5]}},
+        {"tasks": ["depth", "normals"], "depth_head": "step", "decoder_stride": 4},
         {"backbone": "vit_tiny_patch16_224", "decoder": "dpt", "height": 48},
         {
             "backbone": "test_vit",
@@ -200,7 +235,7 @@ def test_calibrated_students_change_by_their_constants_and_rebuild():
     "change, text",
     [
         ({"decoder": "unet"}, r"decoder='unet': expected \['fpn', 'dpt'\]"),
-        ({"depth_head": "ordinal"}, r"expected \['log', 'bins', 'mixture'\]"),
+        ({"depth_head": "ordinal"}, r"expected \['log', 'step', 'bins', 'mixture'\]"),
         (
             {"calibration": {"sky": [1, 0]}},
             r"expected two finite numbers each for some of \['depth'",

@@ -67,7 +67,7 @@ TRAINER = {
 # group -> (name, argument of `train` or "data" or "uncertainty" -> what differs from the first)
 FIRST: tuple[str, dict[str, Any]] = ("log", {})
 VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "heads": [(n, {"student": {"depth_head": n}}) for n in ("bins", "mixture")],
+    "heads": [(n, {"student": {"depth_head": n}}) for n in ("step", "bins", "mixture")],
     "rate": [(f"rate {lr}", {"trainer": {"lr": lr}}) for lr in (0.006, 0.024)],
     "adamw": [
         (f"adamw {lr}", {"trainer": {"optimizer": "adamw", "lr": lr}})
