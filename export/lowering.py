@@ -81,11 +81,12 @@ class Trial:
     def __init__(
         self, reference: Path, labels: LabelSet, keys: Sequence[str], folder: Path
     ) -> None:
-        """Run the reference once; answers lie in a new folder in ``folder``, which is temporary."""
+        """Run the reference once; answers lie in ``folder``, which is temporary."""
         self.keys, self.reference = list(keys), reference.name
         self.joined_by = functools.partial(self._joined_by, reference, labels, folder)
-        self.folder = Path(tempfile.mkdtemp(dir=folder))
-        self.file = self.folder / "trial.onnx"
+        own = Path(tempfile.mkdtemp(dir=folder))
+        self.file, self.folder = own / "trial.onnx", own / "answers"
+        self.folder.mkdir()
         with open_runtime(reference, threads=torch.get_num_threads()) as runtime:
             save_inputs(labels, keys, runtime.card, self.folder)
         self.student = self._run(reference)
