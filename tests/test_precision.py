@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from export_cases import make_labels, make_student
 from onnx import TensorProto, helper, numpy_helper
 
 from export.budgets import Finding
@@ -17,6 +18,7 @@ from export.lowering import make_precision, split_keys
 from export.precision import activation_ranges, group_of, groups_of, lower, named, quantised_share
 from export.rounding import emulate, low_precision, ranges, run_unoptimised
 from export.search import smallest_islands
+from export.verify import verify
 from teacher.errors import EnvironmentFailure, UsageError
 
 HALVES = {
@@ -340,3 +342,18 @@ def test_other_precisions_ask_for_a_calibration_set(tmp_path):
     with pytest.raises(UsageError, match=r"precision=\['fp16'\]: needs calibration=LABELS"):
         export_student(checkpoint="x", out=str(tmp_path / "o"), precision=["fp32", "fp16"])
     assert not (tmp_path / "o").exists()
+
+
+def test_a_lowered_student_holds_its_budgets_on_every_image_that_judged(tmp_path):
+    """The whole way: lowered, searched, judged by all images that did not calibrate, written."""
+    student = make_student(tmp_path / "s.safetensors", tasks=("depth",))
+    labels = make_labels(tmp_path / "labels", n=12, tasks=("depth",))
+    asked = {"checkpoint": str(student), "out": str(tmp_path / "e"), "calibration_images": 2}
+    told = export_student(**asked, precision=["int8-trt"], calibration=str(labels.path))
+    facts = told["artefacts"]["student.int8-trt.onnx"]
+    about = facts["calibration"]
+    assert len(about["calibrating"]) == len(about["judging"]) == 2
+    assert about["judging the found"] == 10 and facts["searches"] >= 1
+    assert 0 < facts["lowered_share"] <= 1 and facts["excess"] <= 1
+    verdict = verify(export=str(tmp_path / "e"), labels=str(labels.path))
+    assert verdict["exit"] == 0, verdict["summary"]
