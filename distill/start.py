@@ -42,6 +42,7 @@ def start_from(model: Student, path: str) -> tuple[dict[str, Any], list[dict[str
     theirs, mine = other.state_dict() | resampled, model.state_dict()
     fits = {k: v for k, v in theirs.items() if k in mine and mine[k].shape == v.shape}
     _take_classes(model, other, fits)
+    _take_steps(theirs, fits)
     levels = ("decoder", "decoder_stride")  # its parts are counted from the finest level
     if any(model.config[k] != other.config[k] for k in levels):
         fits = {k: v for k, v in fits.items() if not k.startswith("decoder.")}
@@ -97,6 +98,15 @@ def _need_one_camera(model: Student, other: Student, path: str) -> None:
             f"would start wrong by a factor of {wanted / mine:.3g}. Set "
             f"student.canonical_focal_px={wanted:.6g}"
         )
+
+
+def _take_steps(theirs: dict[str, torch.Tensor], fits: dict[str, torch.Tensor]) -> None:
+    """A step and the log depth that it is added to are taken together, or both start anew."""
+    parts = ("heads.depth.step.", "heads.depth.maps.out.")
+    together = [name for name in theirs if name.startswith(parts)]
+    if f"{parts[0]}weight" in theirs and any(name not in fits for name in together):
+        for name in together:
+            fits.pop(name, None)
 
 
 def _take_classes(model: Student, other: Student, fits: dict[str, torch.Tensor]) -> None:

@@ -1,9 +1,9 @@
 """From the fp32 graph to every precision asked for: calibrated, searched, timed, kept or declined.
 
-The label set named ``calibration`` is split: some images calibrate, as many judge every trial of
-the search, with the budgets of ``conf/task`` and the code of `distill verify`; what it found is
-judged by all others (at most `WHOLE` times as many). The images that miss a budget there then judge
-the trials too and the search begins again, since the worst image of a few is not the worst of many.
+The label set named ``calibration`` is split: some images calibrate, as many others judge every
+trial of the search, with the budgets of ``conf/task`` and the code of `distill verify`. The worst
+of a few images is not the worst of many: so what was found is judged again by up to `WHOLE` times
+as many of those that did not calibrate, and if they are not content the search goes on under them.
 A precision that misses a budget with all its islands, or that is measurably slower than fp32 where
 it is meant to run, is declined: its file is not written and its numbers stand in ``export.json``.
 """
@@ -38,12 +38,11 @@ from teacher.store import LabelSet
 
 FASTER = 0.97  # of fp32's time, or less: what counts as faster
 LOUDEST = 12  # tensors listed with their range
-WHOLE = 8  # times as many images as judge a trial judge what the search found
-SEARCHES = 6  # at most, each with the images that the one before missed
+WHOLE = 8  # times as many images as judge a trial judge what the search found, at most
 
 
 def split_keys(labels: LabelSet, images: int) -> tuple[list[str], list[str], list[str]]:
-    """Keys that calibrate, that judge a trial, and that judge what was found (these among them).
+    """Keys that calibrate, that judge a trial, and that judge what was found (with the second).
 
     The first two alternate, evenly spread over the set; the last are at most `WHOLE` times as many.
     """
@@ -83,7 +82,6 @@ class Trial:
     ) -> None:
         """Run the reference once; answers lie in ``folder``, which is temporary."""
         self.keys, self.reference = list(keys), reference.name
-        self.joined_by = functools.partial(self._joined_by, reference, labels, folder)
         own = Path(tempfile.mkdtemp(dir=folder))
         self.file, self.folder = own / "trial.onnx", own / "answers"
         self.folder.mkdir()
@@ -114,11 +112,6 @@ class Trial:
             threads=torch.get_num_threads(),
             question=False,
         )
-
-    def _joined_by(
-        self, reference: Path, labels: LabelSet, folder: Path, images: Sequence[str]
-    ) -> Trial:
-        return Trial(reference, labels, [*self.keys, *images], folder)
 
     def __call__(self, model: onnx.ModelProto) -> tuple[float, list[Finding]]:
         """(worst measure as a multiple of its budget, what was missed)."""
@@ -168,22 +161,23 @@ def lower_all(
     images: int,
 ) -> Iterator[tuple[str, onnx.ModelProto | None, dict[str, Any]]]:
     """(precision, graph or None, facts) for each; ``reference``: the student's checkpoint."""
-    calibrating, judging, whole = split_keys(labels, images)
+    calibrating, judging, confirming = split_keys(labels, images)
     feeds = feeds_of(labels, calibrating, card)
     about = {
         "labels": str(labels.path),
         "calibrating": calibrating,
         "judging": judging,
-        "judging the found": len(whole),
+        "confirming": confirming,
     }
     with tempfile.TemporaryDirectory() as folder:
-        few, all_of_them = (Trial(reference, labels, k, Path(folder)) for k in (judging, whole))
+        trial = Trial(reference, labels, judging, Path(folder))
+        whole = functools.cache(lambda: Trial(reference, labels, confirming, Path(folder)))
         for precision in tqdm(precisions, desc="precisions", disable=None, leave=False):
             graph, facts = make_precision(
                 model,
                 precision,
-                trial=few,
-                whole=all_of_them,
+                trial=trial,
+                whole=whole,
                 feeds=feeds,
                 threads=torch.get_num_threads(),
             )
@@ -195,41 +189,38 @@ def make_precision(
     precision: str,
     *,
     trial: Trial,
-    whole: Trial,
+    whole: Callable[[], Trial],
     feeds: list[dict[str, np.ndarray]],
     threads: int,
 ) -> tuple[onnx.ModelProto | None, dict[str, Any]]:
     """(the graph, or None if it was declined; everything that was found out, plain JSON).
 
-    ``trial`` judges every set of islands, ``whole`` what the search found; see the module.
+    ``trial`` judges every set of islands, ``whole()`` what the search found; see the module.
     """
     source = named(model)
     groups = [g for g in groups_of(source) if precision in HALF or _has_weights(source, g)]
+    missed: dict[frozenset[str], list[Finding]] = {}
 
     @functools.cache
     def lowered(islands: frozenset[str]) -> onnx.ModelProto:
         return recarded(lower(model, precision, feeds, islands=sorted(islands)), precision)
 
-    added: list[str] = []
-    facts: dict[str, Any] = {"groups": groups, "added": added}
-    for searches in range(1, SEARCHES + 1):
-        found = smallest_islands(groups, _excess(trial, lowered))
-        facts |= {"trials": found.trail, "excess": found.excess, "searches": searches}
-        if found.islands is None:
-            _, missed = trial(lowered(frozenset(groups)))
-            told = "misses a budget even with every group in fp32: " + _first(missed)
-            return None, plain(facts | {"declined": told})
-        low = lowered(frozenset(found.islands))
-        facts |= {"islands": list(found.islands), "lowered_share": round(quantised_share(low), 4)}
-        _, missed = whole(low)
-        worst = sorted({f.image for f in missed if f.image} - set(trial.keys))
-        if not worst:
-            break
-        added += worst
-        trial = trial.joined_by(worst)
-    if missed:
-        told = f"misses a budget on {len(whole.keys)} images, after {searches} searches: "
-        return None, plain(facts | {"declined": told + _first(missed)})
+    def excess(islands: frozenset[str]) -> float:
+        value, missed[islands] = trial(lowered(islands))
+        return value
+
+    def confirm(islands: frozenset[str]) -> float:
+        value, missed[islands] = whole()(lowered(islands))
+        return value
+
+    found = smallest_islands(groups, excess, confirm)
+    facts: dict[str, Any] = {"groups": groups, "trials": found.trail, "excess": found.excess}
+    if found.islands is None:
+        told = "; ".join(str(finding) for finding in missed[frozenset(groups)][:2])
+        told = f"misses a budget even with every group in fp32: {told}"
+        return None, plain(facts | {"declined": told})
+    low = lowered(frozenset(found.islands))
+    facts |= {"islands": list(found.islands), "lowered_share": round(quantised_share(low), 4)}
     if precision in HALF:
         facts["ranges"] = _loudest(model, feeds)
     facts["speed"] = _speed(model, low, precision, feeds, threads=threads)
@@ -240,16 +231,6 @@ def make_precision(
         )
         return None, plain(facts | {"declined": told})
     return low, plain(facts)
-
-
-def _excess(
-    trial: Trial, lowered: Callable[[frozenset[str]], onnx.ModelProto]
-) -> Callable[[frozenset[str]], float]:
-    return lambda islands: trial(lowered(islands))[0]
-
-
-def _first(missed: Sequence[Finding]) -> str:
-    return "; ".join(str(finding) for finding in missed[:2])
 
 
 def _has_weights(model: onnx.ModelProto, group: str) -> bool:

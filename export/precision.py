@@ -34,7 +34,16 @@ from teacher.errors import EnvironmentFailure
 
 HALF = ("fp16", "bf16")
 INT8 = ("int8-cpu", "int8-trt")
-ALWAYS_FP32 = (*NORMALISATIONS, "Softmax", "Exp", "Sigmoid", "ReduceL2", "ReduceMean", "Pow")
+ALWAYS_FP32 = (
+    *NORMALISATIONS,
+    "Softmax",
+    "Exp",
+    "Sigmoid",
+    "Tanh",
+    "ReduceL2",
+    "ReduceMean",
+    "Pow",
+)
 INSTALL = (
     "pip install nvidia-modelopt onnx-graphsurgeon polygraphy onnxslim lief cppimport && "
     "pip install --no-deps onnxconverter-common"
@@ -46,7 +55,7 @@ def group_of(name: str) -> str:
     """The group of a stored tensor by its name: a stage, a decoder's part, a half of a head."""
     parts = name.removeprefix("student.").split(".")
     if parts[0] == "heads":
-        return ".".join(p for p in (*parts[:2], *parts[3:4]) if p)
+        return ".".join([*parts[:2], *[p for p in parts[2:4] if p != "maps"][:1]])
     if parts[0] == "decoder":
         return ".".join(parts[:2])
     if parts[0] == "backbone":

@@ -3,7 +3,8 @@
 Groups of nodes (`export.precision.groups_of`) are tried from "none in fp32" on. If that misses a
 budget, the groups are ranked by what each costs when it alone is lowered, added as islands in that
 order until every budget holds, and then taken away again one by one wherever it still holds: what
-remains is minimal in the sense that no single island can be spared.
+remains is minimal in the sense that no single island can be spared. A dearer judge, if there is
+one, is asked of the result, and where it is not content the same goes on from there under it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,42 @@ class Search:
     trail: list[dict[str, Any]] = field(default_factory=list)
 
 
-def smallest_islands(groups: Sequence[str], excess: Excess) -> Search:
-    """Islands out of ``groups`` so that ``excess(islands)`` is at most 1; see the module."""
+def smallest_islands(
+    groups: Sequence[str], excess: Excess, confirm: Excess | None = None
+) -> Search:
+    """Islands out of ``groups`` so that ``excess(islands)`` is at most 1; see the module.
+
+    ``confirm``: the dearer judge; the result's excess is its own. In the trail its trials say so.
+    """
     everything = frozenset(groups)
     trail: list[dict[str, Any]] = []
+    measure = _noted(excess, everything, trail, {})
+    chosen: list[str] = []
+    judges = [measure]
+    if confirm is not None:
+        judges.append(_noted(confirm, everything, trail, {"confirms": True}))
+    for judge in judges:
+        if judge(frozenset(chosen)) <= 1:
+            continue
+        if judge(everything) > 1:
+            return Search(islands=None, excess=judge(everything), trail=trail)
+        for group in sorted(groups, key=lambda g: -measure(everything - {g})):
+            if group in chosen:
+                continue
+            chosen.append(group)
+            if judge(frozenset(chosen)) <= 1:
+                break
+        for group in reversed(list(chosen)):  # the cheapest of them first
+            if judge(frozenset(chosen) - {group}) <= 1:
+                chosen.remove(group)
+    value = judges[-1](frozenset(chosen))
+    return Search(islands=tuple(sorted(chosen)), excess=value, trail=trail)
+
+
+def _noted(
+    excess: Excess, everything: frozenset[str], trail: list[dict[str, Any]], about: dict[str, Any]
+) -> Excess:
+    """``excess``, asked once of each set of islands; what it said goes into ``trail``."""
     known: dict[frozenset[str], float] = {}
 
     def measure(islands: frozenset[str]) -> float:
@@ -41,21 +74,7 @@ def smallest_islands(groups: Sequence[str], excess: Excess) -> Search:
             told = (
                 {"islands": sorted(islands)} if few else {"all_but": sorted(everything - islands)}
             )
-            trail.append(told | {"excess": shown})
+            trail.append(told | {"excess": shown} | about)
         return known[islands]
 
-    if measure(frozenset()) <= 1:
-        return Search(islands=(), excess=measure(frozenset()), trail=trail)
-    if measure(everything) > 1:
-        return Search(islands=None, excess=measure(everything), trail=trail)
-    ranked = sorted(groups, key=lambda g: -measure(everything - {g}))
-    chosen: list[str] = []
-    for group in ranked:
-        chosen.append(group)
-        if measure(frozenset(chosen)) <= 1:
-            break
-    for group in reversed(list(chosen)):  # the cheapest of them first
-        without = frozenset(chosen) - {group}
-        if measure(without) <= 1:
-            chosen.remove(group)
-    return Search(islands=tuple(sorted(chosen)), excess=measure(frozenset(chosen)), trail=trail)
+    return measure

@@ -3,8 +3,8 @@ two Laplacians.
 
 All answer ``depth`` (canonical metres), ``sky`` and ``depth_uncertainty``; the last two also say
 the distribution that they were taught by. An L1 regressor learns the median, which between two
-surfaces is neither; the other three can name both surfaces and pick one (docs/results.md compares
-them at equal cost).
+surfaces is neither; with a step beside it it gets from one to the other within fewer pixels, and
+the distributions can name both surfaces and pick one (docs/results.md compares them at equal cost).
 
 Depth is in metres of the canonical camera: D_canonical = D f_c / f (Yin et al. 2023, "Metric3D",
 section 3.1), ``exp`` of a number clamped only where float16 would overflow.
@@ -66,7 +66,7 @@ class LogDepthHead(nn.Module):
 
 
 class StepDepthHead(LogDepthHead):
-    """One log depth and, added to it, a step: half its height times tanh of the side.
+    """One log depth and, added to it, a step: its half height times tanh of the side.
 
     Our own. A linear map of features that vary smoothly passes through every depth between two
     surfaces; the tanh passes through them quickly, and height and place of a step are learnt apart
@@ -87,8 +87,8 @@ class StepDepthHead(LogDepthHead):
         hidden = self.maps.hidden(x)
         maps = torch.cat([self.maps.out(hidden), self.step(hidden)], dim=1)
         maps = self.maps.shuffle(maps).float()
-        height, side = maps[:, -2:-1], maps[:, -1:]
-        return self.said(maps[:, 0:1] + height * side.tanh(), maps)
+        half_height, side = maps[:, -2:-1], maps[:, -1:]
+        return self.said(maps[:, 0:1] + half_height * side.tanh(), maps)
 
 
 class BinsDepthHead(nn.Module):

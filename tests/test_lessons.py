@@ -696,6 +696,26 @@ def test_init_from_other_metres_is_refused_and_from_a_pure_resize_it_is_not(tmp_
     assert about["fresh"] == ["heads.depth.maps.out.bias", "heads.depth.maps.out.weight"]
 
 
+def test_init_takes_a_step_and_what_it_stands_on_together(tmp_path):
+    path, out = (
+        str(tmp_path / "old.safetensors"),
+        [f"heads.depth.maps.out.{x}" for x in ("bias", "weight")],
+    )
+    step = ["heads.depth.step.bias", "heads.depth.step.weight"]
+    save_student(vit(64, 96), path, {})
+    log = load_student(path)
+    model = vit(64, 96, depth_head="step").eval()
+    assert start_from(model, path)[0]["fresh"] == step
+    image = torch.rand(1, 3, 64, 96)
+    assert torch.equal(model(image)["depth"], log(image)["depth"])
+    torch.nn.init.normal_(model.heads["depth"].step.weight)
+    save_student(model, path, {})
+    assert start_from(vit(64, 96, depth_head="step"), path)[0]["fresh"] == []
+    assert start_from(vit(64, 96), path)[0]["fresh"] == out  # else every step would be missing
+    about, _ = start_from(vit(64, 96, depth_head="step", uncertainty=False), path)
+    assert about["fresh"][:4] == [*out, *step]
+
+
 @pytest.mark.parametrize("change", [{"decoder_stride": 2}, {"decoder": "dpt"}])
 def test_init_gives_no_decoder_weight_to_another_level(tmp_path, change):
     """The decoder's parts are counted from its finest level, which is another one here."""
