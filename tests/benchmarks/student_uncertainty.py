@@ -1,16 +1,17 @@
 """Does a student know where it is wrong: error AUROC and calibration, before and after its fit.
 
     python tests/benchmarks/student_uncertainty.py checkpoint=student.safetensors \\
-        held=truth/held-out out=out/fit
+        fit=truth/a held=truth/b,truth/c out=out/fit
 
-Every second image of ``held`` fits scale and uncertainties (`distill.fit_student`), the others
-judge. Wrong: depth ratio of 1.25 or more, angle of 11.25 degrees or more. The confidence is that of
-the fit's table, and before it that of the losses' law: 1 - exp(-ln 1.25 / b) for a Laplace scale b
-of log depth, 1 - exp(-11.25 / u) for a mean angle u.
+The images of ``fit`` fit scale and uncertainties (`distill.fit_student`), those of ``held`` judge.
+Wrong: depth ratio of 1.25 or more, angle of 11.25 degrees or more. The confidence is that of the
+fit's table, and before it that of the losses' law: 1 - exp(-ln 1.25 / b) for a Laplace scale b of
+log depth, 1 - exp(-11.25 / u) for a mean angle u.
 Calibration error: 15 equal bins, pooled over pixels; edges: a depth step of 10 % to a neighbour;
 far: beyond 10 m; flat: the rest.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def strata(depth: np.ndarray, focal_ratio: float) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def judge(path: str, labels: LabelSet, keys: list[str]) -> None:
+def judge(path: str, sets: list[LabelSet]) -> None:
     """Print the numbers of one checkpoint."""
     model = load_student(path)
     card = card_of(model)
@@ -46,8 +47,8 @@ def judge(path: str, labels: LabelSet, keys: list[str]) -> None:
         canonical_focal_px=model.canonical_focal_px, tasks=("depth", "normals"),
     )  # fmt: skip
     found: dict[str, list[tuple[np.ndarray, ...]]] = {}
-    for key in keys:
-        sample = make_sample(compact(labels[key], frame), frame, rng=None, mode="none")
+    for label in itertools.chain(*sets):
+        sample = make_sample(compact(label, frame), frame, rng=None, mode="none")
         said = {k: v[0].numpy() for k, v in model(torch.from_numpy(sample["image"])[None]).items()}
         truth = sample["depth"][0]
         regions = strata(truth, float(sample["focal_px"]) / model.canonical_focal_px)
@@ -74,20 +75,18 @@ def judge(path: str, labels: LabelSet, keys: list[str]) -> None:
 
 
 def main() -> None:
-    """Fit on one half, judge on the other."""
+    """Fit on one set, judge on the others."""
     options = dict(a.split("=", 1) for a in sys.argv[1:])
-    labels = LabelSet(options["held"])
+    sets = [LabelSet(path) for path in options["held"].split(",")]
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
-    whole = labels.keys
     fitted = str(out / "fitted.safetensors")
     result = fit_student(
-        checkpoint=options["checkpoint"], labels=options["held"], out=fitted, limit=len(whole) // 2
+        checkpoint=options["checkpoint"], labels=options["fit"], out=fitted, limit=None
     )
     print(result["summary"])
-    judged = whole[1::2]  # the fit took every second from the first
-    judge(options["checkpoint"], labels, judged)
-    judge(fitted, labels, judged)
+    judge(options["checkpoint"], sets)
+    judge(fitted, sets)
 
 
 if __name__ == "__main__":
