@@ -697,10 +697,8 @@ def test_init_from_other_metres_is_refused_and_from_a_pure_resize_it_is_not(tmp_
 
 
 def test_init_takes_a_step_and_what_it_stands_on_together(tmp_path):
-    path, out = (
-        str(tmp_path / "old.safetensors"),
-        [f"heads.depth.maps.out.{x}" for x in ("bias", "weight")],
-    )
+    path = str(tmp_path / "old.safetensors")
+    out = ["heads.depth.maps.out.bias", "heads.depth.maps.out.weight"]
     step = ["heads.depth.step.bias", "heads.depth.step.weight"]
     save_student(vit(64, 96), path, {})
     log = load_student(path)

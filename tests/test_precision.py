@@ -370,9 +370,8 @@ def test_a_lowered_student_holds_its_budgets_on_every_image_that_judged(tmp_path
     facts = told["artefacts"]["student.int8-trt.onnx"]
     about = facts["calibration"]
     assert len(about["calibrating"]) == len(about["judging"]) == 2
-    assert len(about["confirming"]) == 10 and not set(about["confirming"]) & set(
-        about["calibrating"]
-    )
+    assert len(about["confirming"]) == 10
+    assert not set(about["confirming"]) & set(about["calibrating"])
     assert 0 < facts["lowered_share"] <= 1 and facts["excess"] <= 1
     verdict = verify(export=str(tmp_path / "e"), labels=str(labels.path))
     assert verdict["exit"] == 0, verdict["summary"]

@@ -1,7 +1,8 @@
 """How fast a student is and learns, side by side in one run.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.student_speed graph
-    OMP_NUM_THREADS=2 python -m tests.benchmarks.student_speed teacher
+    OMP_NUM_THREADS=2 python -m tests.benchmarks.student_speed teacher \\
+        [students=a/student.safetensors,...]
     OMP_NUM_THREADS=1 python -m tests.benchmarks.student_speed loader labels=labels/x
     OMP_NUM_THREADS=1 python -m tests.benchmarks.student_speed plot \\
         students=a/student.safetensors,b/student.safetensors held=truth/held-out \\
@@ -9,12 +10,12 @@
 
 graph: ``student=tiny`` (depth + normals, 256x320) in ONNX Runtime on one thread against the graph
 of Depth-Anything-V2-Small with random weights at the nearest size it takes (14 px steps), called
-in turns, best and median of N. teacher: ``tiny`` and ``small`` for 96x128 against the shipped mini
-teacher's depth and normals, one asking and six (the default consensus), as many threads as
-OMP_NUM_THREADS. plot: time per megapixel against accuracy on truth, of trained students of one
-size and of the teacher's stored answers (`distill label images=truth/held-out`). loader: the loader
-alone against the training step, and the share of a real run that is spent outside forward,
-backward and optimiser.
+in turns, best and median of N. teacher: ``tiny`` and ``small`` for 96x128, and the ``students`` of
+that size, against the shipped mini teacher's depth and normals, one asking and six (the default
+consensus), as many threads as OMP_NUM_THREADS. plot: time per megapixel against accuracy on truth,
+of trained students of one size and of the teacher's stored answers (`distill label
+images=truth/held-out`). loader: the loader alone against the training step, and the share of a real
+run that is spent outside forward, backward and optimiser.
 """
 
 import functools
@@ -151,7 +152,7 @@ def asking_calls(image: np.ndarray) -> dict[str, Callable[[], Any]]:
     }
 
 
-def against_teacher() -> None:
+def against_teacher(options: dict[str, str]) -> None:
     """Students for 96x128 against the mini teacher on a picture of that size."""
     image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
     calls: dict[str, Callable[[], Any]] = {}
@@ -159,8 +160,10 @@ def against_teacher() -> None:
         preset = Path(__file__).parents[2] / "conf" / "student" / f"{name}.yaml"
         student = Student(**yaml.safe_load(preset.read_text()) | {"height": 96, "width": 128})
         calls[name] = graph_call(student, image)
+    for path in filter(None, options.get("students", "").split(",")):
+        calls[path] = graph_call(load_student(path), image)
     slow = asking_calls(image)
-    repeat = {"tiny": 20, "small": 20, "one asking": 3}
+    repeat = dict.fromkeys(calls, 20) | {"one asking": 3}
     in_turns(calls | slow, repeat=repeat, against=list(slow))
 
 
@@ -245,7 +248,7 @@ if __name__ == "__main__":
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]) if sys.argv[1] == "teacher" else 1)
     match sys.argv[1]:
         case "teacher":
-            against_teacher()
+            against_teacher(options)
         case "graph":
             graph()
         case "plot":
