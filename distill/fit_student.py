@@ -15,9 +15,16 @@ import torch
 
 from distill.run_folder import learnt_from, may_hold, set_identity
 from distill.samples import Frame, compact, make_sample
-from distill.scale_fit import Fit, Pair, fit_confidence, fit_scale, fit_uncertainty
+from distill.scale_fit import (
+    Fit,
+    Pair,
+    fit_confidence,
+    fit_scale,
+    fit_uncertainty,
+    fitted_uncertainty,
+)
 from student.checkpoint import load_student, save_student, write_atomic
-from student.model import Student
+from student.model import FACTORS, Student, log_factors
 from teacher.calibrate import calibrate as calibrate_teacher
 from teacher.errors import UsageError
 from teacher.jobs.licences import merged, of_label_set, of_student
@@ -119,16 +126,15 @@ def fit_student(
         found["depth"] = fit_scale(keys, pairs["depth"])
         a, b = found["depth"].values
         errors["depth"] = [
-            (u, np.abs(np.log(np.maximum(a * d + b, 1e-3) / t)))
-            for u, (d, t) in zip(pairs["depth_u"], pairs["depth"], strict=True)
+            (logs, np.abs(np.log(np.maximum(a * d + b, 1e-3) / t)))
+            for logs, (d, t) in zip(pairs["depth_logs"], pairs["depth"], strict=True)
         ]
     if "normals" in pairs:
         errors["normals"] = pairs["normals"]
     sure: dict[str, Fit] = {}
     for task in errors if model.config["uncertainty"] else ():
         fit = found[f"{task}_uncertainty"] = fit_uncertainty(keys, errors[task])
-        gain, power = fit.values
-        fitted_u = [(gain * u**power, e) for u, e in errors[task]]
+        fitted_u = [(fitted_uncertainty(logs, fit.values), e) for logs, e in errors[task]]
         right_below = {"depth": math.log(RIGHT_RATIO), "normals": RIGHT_DEG}[task]
         confidence = fit_confidence(keys, fitted_u, right_below=right_below)
         if confidence.images > 1:  # else nothing judged it
@@ -182,15 +188,18 @@ def _shown(name: str, fit: Fit[Any]) -> str:
     if not fit.kept:
         return "as it was"
     letters = "ab" if name == "depth" else "gp"
-    return " ".join(f"{x}={v:.3g}" for x, v in zip(letters, fit.values, strict=True))
+    shown = [f"{x}={v:.3g}" for x, v in zip(letters, fit.values, strict=False)]
+    others = zip(FACTORS.get(name, ()), fit.values[2:], strict=False)
+    return " ".join([*shown, *(f"{factor}^{power:.3g}" for factor, power in others)])
 
 
 @torch.inference_mode()
 def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list[Any]]:
     """Per image what the fits need, at the student's size, in its canonical camera.
 
-    ``depth``: (depth, true depth) [n]; ``depth_u``: its uncertainty [n]; ``normals``: (uncertainty,
-    angle) in degrees. Only for tasks that the student has; images without truth give empty arrays.
+    ``depth``: (depth, true depth) [n]; ``depth_logs``: `student.model.log_factors` of its
+    uncertainty [n,K]; ``normals``: (those of its uncertainty [n,K], angle in degrees [n]). Only for
+    tasks that the student has; images without truth give empty arrays.
     """
     frame = Frame(
         height=model.config["height"],
@@ -205,6 +214,10 @@ def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list
         )
         answer = model(torch.from_numpy(sample["image"])[None])
         said = {k: v[0].float().numpy() for k, v in answer.items()}
+        logs = {}
+        for name in (n for n in FACTORS if n in answer):
+            maps = log_factors(name, answer).values()
+            logs[name] = torch.cat(list(maps), dim=1)[0].movedim(0, -1).double().numpy()
         if "depth" in said:
             if sample["depth_space"]:
                 raise UsageError(
@@ -214,12 +227,12 @@ def measured(model: Student, truth: LabelSet, keys: list[str]) -> dict[str, list
             t = sample["depth"][0]
             at = _spread(np.isfinite(t) & (said["sky"][0] <= 0))  # a sky has no depth
             pairs.setdefault("depth", []).append((said["depth"][0][at], t[at]))
-            u = said.get("depth_uncertainty", said["depth"])[0]
-            pairs.setdefault("depth_u", []).append(u[at])
+            of_depth = logs.get("depth_uncertainty", said["depth"][0][..., None])
+            pairs.setdefault("depth_logs", []).append(of_depth[at])
         if "normals_uncertainty" in said:
             angle, _ = angles_deg(*(v["normals"].transpose(1, 2, 0) for v in (said, sample)))
             at = _spread(~np.isnan(angle))
-            pair: Pair = (said["normals_uncertainty"][0][at], angle[at])
+            pair: Pair = (logs["normals_uncertainty"][at], angle[at])
             pairs.setdefault("normals", []).append(pair)
     return pairs
 

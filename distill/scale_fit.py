@@ -1,9 +1,10 @@
 """A student made right for one camera or place: its depth's scale, its uncertainties' size.
 
-A few true measurements give a and b of ``depth -> a depth + b`` and, per task, g and p of
-``u -> g u^p``, all in closed form (p by a search along a line), and a table of how often a pixel of
-a given uncertainty is right. Each is kept only if images that it was not fitted on get better by
-more than chance: otherwise the student stays as it is.
+A few true measurements give a and b of ``depth -> a depth + b`` in closed form; per task g and p of
+an uncertainty ``u -> g u^p``, or with powers of what else the answer says of a pixel
+(`student.model.log_factors`); and a table of how often a pixel of a given uncertainty is
+right. Each is kept only if images that it was not fitted on get better by more than chance:
+otherwise the student stays as it is.
 """
 
 from __future__ import annotations
@@ -11,28 +12,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from scipy.optimize import minimize
 
 from teacher.calibrate import rising
 
 FOLDS = 5
-POWERS = (0.25, 2.5)  # of an uncertainty; beyond, it would say something else than it was taught
+OWN_POWERS = (
+    0.25,
+    2.5,
+)  # of an uncertainty; beyond, it would say something else than it was taught
+OTHER_POWERS = (-1.0, 1.0)  # of its other factors
+LEAST = 1e-6  # of an error, in its unit
 NEAR = 1.5
 V = TypeVar("V")
-GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(Generic[V]):
-    """Two numbers or a table, and what cross-validation says of them.
+    """A few numbers or a table, and what cross-validation says of them.
 
     Attributes:
-        values: (a, b) of a depth, (g, p) of an uncertainty, (uncertainties, probabilities) of a
-            confidence; what they would be without a fit if not kept.
+        values: (a, b) of a depth, (g, p, ...) of an uncertainty, (uncertainties, probabilities) of
+            a confidence; what they would be without a fit if not kept.
         kept: whether images that it was not fitted on got better by more than two standard errors.
         before, after: mean loss over images without and with, each image judged by the fit of the
             others (depth: |ln ratio|; uncertainty: negative log likelihood; confidence: Brier).
@@ -53,6 +59,7 @@ class Fit(Generic[V]):
 
 
 Two = tuple[float, float]
+Powers = tuple[float, ...]
 Table = tuple[np.ndarray, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -82,26 +89,43 @@ def fit_affine(depth: np.ndarray, truth: np.ndarray, *, shift: bool = True) -> t
     return (a, b) if a > 0 and a * d.min() + b > 0 else (scale, 0.0)
 
 
-def fit_power(uncertainty: np.ndarray, error: np.ndarray) -> tuple[float, float]:
-    """(g, p) that minimise the mean of log u' + e / u' for u' = g u^p.
+def fit_powers(logs: np.ndarray, error: np.ndarray) -> Powers:
+    """(g, p, ...) that minimise the mean of log u + e / u for u = g times powers of the factors.
 
     That is the negative log likelihood of a Laplace scale (log depth) or of an exponential mean
-    (angle), up to a constant. For a given p, g = mean(e / u^p) exactly; p by golden section.
+    (angle), up to a constant. For given powers, g = mean(e / the product) exactly, and what is left
+    is convex in them.
+
+    Args:
+        logs: of the factors [n,K]; the first is the uncertainty itself.
+        error: [n].
     """
-    log_u = np.log(np.maximum(np.asarray(uncertainty, np.float64).ravel(), 1e-6))
-    e = np.abs(np.asarray(error, np.float64).ravel())
+    logs = np.asarray(logs, np.float64)
+    log_e = np.log(np.maximum(np.abs(np.asarray(error, np.float64)), LEAST))
 
-    def loss(power: float) -> float:
-        return math.log(max(float((e * np.exp(-power * log_u)).mean()), 1e-12)) + power * float(
-            log_u.mean()
-        )
+    def gain_and_shares(powers: np.ndarray) -> tuple[float, np.ndarray]:
+        ratio = log_e - logs @ powers
+        most = float(ratio.max())
+        shares = np.exp(ratio - most)
+        return most + math.log(shares.mean()), shares / shares.sum()
 
-    low, high = POWERS
-    while high - low > 1e-4:
-        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-        low, high = (low, right) if loss(left) < loss(right) else (left, high)
-    power = (low + high) / 2
-    return float((e * np.exp(-power * log_u)).mean()), power
+    def loss(powers: np.ndarray) -> tuple[float, np.ndarray]:
+        log_gain, shares = gain_and_shares(powers)
+        mean = logs.mean(0)
+        return log_gain + float(mean @ powers), mean - shares @ logs
+
+    count = logs.shape[1]
+    limits = [OWN_POWERS] + [OTHER_POWERS] * (count - 1)
+    powers = minimize(
+        loss, np.eye(count)[0], jac=True, method="L-BFGS-B", bounds=limits, options={"ftol": 1e-12}
+    ).x
+    return math.exp(gain_and_shares(powers)[0]), *map(float, powers)
+
+
+def fitted_uncertainty(logs: np.ndarray, values: Powers) -> np.ndarray:
+    """g times powers of the factors whose ``logs`` [n,K] these are, as many as there are: [n]."""
+    powers = np.asarray(values[1:])
+    return np.asarray(values[0] * np.exp(logs[:, : len(powers)] @ powers))
 
 
 def log_ratio(pair: Pair, values: tuple[float, float]) -> float:
@@ -111,10 +135,10 @@ def log_ratio(pair: Pair, values: tuple[float, float]) -> float:
     return float(np.abs(np.log(changed / truth)).mean())
 
 
-def likelihood(pair: Pair, values: tuple[float, float]) -> float:
-    """Mean of log u' + e / u' of one image, u' = g u^p."""
-    uncertainty, error = (np.asarray(v, np.float64) for v in pair)
-    u = np.maximum(values[0] * np.maximum(uncertainty, 1e-6) ** values[1], 1e-9)
+def likelihood(pair: Pair, values: Powers) -> float:
+    """Mean of log u + e / u of one image's (logs of factors, error)."""
+    logs, error = pair
+    u = np.maximum(fitted_uncertainty(logs, values), 1e-9)
     return float((np.log(u) + np.abs(error) / u).mean())
 
 
@@ -131,7 +155,7 @@ def cross_validated(
     Args:
         keys: of the images, which alone decide the folds.
         pairs: per image the two arrays that ``fit`` and ``loss`` take, equally long.
-        fit: concatenated arrays -> the two numbers, or a table.
+        fit: concatenated arrays -> the numbers, or a table.
         loss: one image's arrays and what was fitted -> its loss.
         identity: what holds without a fit.
     """
@@ -176,22 +200,35 @@ def fit_scale(keys: Sequence[str], depths: Sequence[Pair]) -> Fit[Two]:
     def scale_only(d: np.ndarray, t: np.ndarray) -> tuple[float, float]:
         return fit_affine(d, t, shift=False)
 
-    found = [
+    return best_of(
         cross_validated(keys, depths, way, log_ratio, identity=(1.0, 0.0))
         for way in (scale_only, fit_affine)
-    ]
-    kept = [f for f in found if f.kept] or found[:1]
-    return min(kept, key=lambda f: f.after)
+    )
 
 
-def fit_uncertainty(keys: Sequence[str], pairs: Sequence[Pair]) -> Fit[Two]:
-    """Gain and power of an uncertainty against true errors, if they help.
+def best_of(fits: Iterable[Fit[V]]) -> Fit[V]:
+    """Of those that are kept the best, else the first."""
+    found = list(fits)
+    return min([f for f in found if f.kept] or found[:1], key=lambda f: f.after)
+
+
+def fit_uncertainty(keys: Sequence[str], pairs: Sequence[Pair]) -> Fit[Powers]:
+    """An uncertainty's gain and powers against true errors, its own or all, if either helps.
 
     Args:
         keys: of the images.
-        pairs: per image (uncertainty, |error|) at the judged pixels [n]; log depth or degrees.
+        pairs: per image (logs of the factors [n,K], |error| [n]) at the judged pixels; the error in
+            log depth or degrees.
     """
-    return cross_validated(keys, pairs, fit_power, likelihood, identity=(1.0, 1.0))
+
+    def own_only(logs: np.ndarray, error: np.ndarray) -> Powers:
+        return fit_powers(logs[:, :1], error)
+
+    identity = (1.0, 1.0)
+    return best_of(
+        cross_validated(keys, pairs, way, likelihood, identity=identity)
+        for way in (own_only, fit_powers)
+    )
 
 
 def fit_confidence(keys: Sequence[str], pairs: Sequence[Pair], *, right_below: float) -> Fit[Table]:

@@ -23,12 +23,50 @@ from student.kinds import wrong_kind
 TASKS = ("depth", "normals", "semantic", "instances")
 NEAREST = 1e-3  # canonical metres that a calibrated depth cannot go below
 LARGEST = {"depth_uncertainty": 20.0, "normals_uncertainty": 180.0}
+FACTORS = {  # of a fitted uncertainty, beside its own map (`log_factors`)
+    "depth_uncertainty": ("depth", "rise", "drop"),
+    "normals_uncertainty": ("spread", "slant", "depth_uncertainty"),
+}
+LEAST = 1e-6  # of an uncertainty, in its unit
+LEVEL = 0.01  # rise, drop (log depth) and spread below it count as this: no edge, no crease
 DECODERS = {"fpn": Decoder, "dpt": DptDecoder}
 
 
 def assumed_focal_px(height: int, width: int) -> float:
     """Focal length of a 60 degree view across the longer side: the default canonical camera."""
     return max(height, width) / 2 / math.tan(math.radians(60) / 2)
+
+
+def log_factors(name: str, answer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Logs of the maps that a fitted uncertainty is a product of powers of, [B,1,H,W] each.
+
+    Its own comes first, then those of `FACTORS` that the answer has:
+
+    * ``depth``, canonical metres; ``rise`` and ``drop``, in log depth from here to the farthest and
+      to the nearest of the 3x3 pixels around: on a wall one or both are small, between two surfaces
+      neither is.
+    * ``spread``, 1 - |mean| of the 3x3 normals around (Mardia & Jupp 2000, "Directional
+      Statistics", chapter 9: one minus their mean resultant length); ``slant``, exp(n_z), smallest
+      where a surface faces the camera; ``depth_uncertainty``.
+
+    Our own choice, compared with others in docs/results.md.
+    """
+    found = {name: answer[name].clamp(min=LEAST).log()}
+    if name == "depth_uncertainty":
+        log_depth = answer["depth"].log()
+        near = -nn.functional.max_pool2d(-log_depth, 3, stride=1, padding=1)
+        far = nn.functional.max_pool2d(log_depth, 3, stride=1, padding=1)
+        found["depth"] = log_depth
+        found["rise"] = (far - log_depth).clamp(min=LEVEL).log()
+        found["drop"] = (log_depth - near).clamp(min=LEVEL).log()
+        return found
+    normals = answer["normals"]
+    mean = nn.functional.avg_pool2d(normals, 3, stride=1, padding=1, count_include_pad=False)
+    found["spread"] = (1 - mean.norm(dim=1, keepdim=True)).clamp(min=LEVEL).log()
+    found["slant"] = normals[:, 2:]
+    if "depth_uncertainty" in answer:
+        found["depth_uncertainty"] = answer["depth_uncertainty"].clamp(min=LEAST).log()
+    return found
 
 
 def _class_table(classes: Mapping[Any, str] | None) -> dict[str, str]:
@@ -53,7 +91,8 @@ class Student(nn.Module):
         depth_head: ``log``, ``step``, ``bins`` or ``mixture`` (`student.depth_heads`).
         uncertainty: whether each task also predicts its uncertainty.
         calibration: constants fitted to truth after training: ``depth`` [a, b] for a depth + b
-            (canonical metres), ``TASK_uncertainty`` [g, p] for g u^p.
+            (canonical metres), ``TASK_uncertainty`` [g, p, ...] for g times powers p, ... of
+            the factors of `log_factors`, the last of which may be left out.
         pretrained: start from `timm`'s weights of that name.
         backbone_weights: or from a local .safetensors file.
         backbone_licence: licence of that file; "" takes what the file or `timm` says.
@@ -151,13 +190,17 @@ class Student(nn.Module):
         for name, known in (("decoder", DECODERS), ("depth_head", DEPTH_HEADS)):
             if self.config[name] not in known:
                 raise StudentError(f"student {name}={self.config[name]!r}: expected {list(known)}")
-        strange = sorted(set(self.config["calibration"]) - {"depth", *LARGEST})
-        numbers = self.config["calibration"].values()
-        if strange or any(len(v) != 2 or not all(map(math.isfinite, v)) for v in numbers):
-            raise StudentError(
-                f"student calibration={self.config['calibration']}: expected two finite numbers "
-                f"each for some of {['depth', *LARGEST]}"
-            )
+        most = {"depth": 2}
+        if self.config["uncertainty"]:
+            most |= {name: 2 + len(others) for name, others in FACTORS.items()}
+            most["normals_uncertainty"] -= "depth" not in tasks
+        most = {k: n for k, n in most.items() if k.removesuffix("_uncertainty") in tasks}
+        for name, numbers in self.config["calibration"].items():
+            if not 2 <= len(numbers) <= most.get(name, 0) or not all(map(math.isfinite, numbers)):
+                raise StudentError(
+                    f"student calibration: {name}={numbers}, expected two finite numbers or more "
+                    f"for some of these, at most so many: {most}"
+                )
         stride, base = self.config["decoder_stride"], self.config["decoder_channels"]
         if stride not in (2, 4) or base < 8:
             raise StudentError(
@@ -206,9 +249,13 @@ class Student(nn.Module):
         answer: dict[str, Tensor] = {}
         for head in self.heads.values():
             answer.update(head(x))
-        for name, (a, b) in self.config["calibration"].items():
+        fitted = {}
+        for name, (first, *powers) in self.config["calibration"].items():
             if name == "depth":
-                answer[name] = (a * answer[name] + b).clamp(min=NEAREST)
+                fitted[name] = (first * answer[name] + powers[0]).clamp(min=NEAREST)
             else:
-                answer[name] = (a * answer[name] ** b).clamp(max=LARGEST[name])
-        return answer
+                logs = zip(log_factors(name, answer).values(), powers, strict=False)
+                # one exp each: a sum of logs might be taken for one worth eight bits
+                product = math.prod(((p * log).exp() for log, p in logs), start=first)
+                fitted[name] = product.clamp(max=LARGEST[name])
+        return answer | fitted

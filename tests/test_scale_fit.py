@@ -4,17 +4,19 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from analytic_scenes import CLASSES, analytic_label, write_analytic_set
 
 from distill.cli import run_verb
-from distill.fit_student import fit_student
+from distill.fit_student import fit_student, measured
 from distill.run_folder import learnt_from, may_hold, seen_filter, set_identity
 from distill.scale_fit import (
     fit_affine,
     fit_confidence,
-    fit_power,
+    fit_powers,
     fit_scale,
     fit_uncertainty,
+    fitted_uncertainty,
 )
 from export.artefact import ArtefactError, card_from_metadata, card_to_metadata
 from export.onnx_graph import card_of
@@ -123,14 +125,44 @@ def test_one_image_is_too_few():
 
 def test_gain_and_power_of_an_uncertainty_come_back():
     rng = np.random.default_rng(0)
-    u = np.exp(rng.uniform(-4, 0, 200_000))
-    errors = rng.exponential(0.7 * u**1.6)
-    assert fit_power(u, errors) == pytest.approx((0.7, 1.6), rel=0.02)
-    images = [(p, q) for p, q in zip(np.split(u, 10), np.split(errors, 10), strict=True)]
+    u = np.exp(rng.uniform(-4, 0, (200_000, 1)))
+    errors = rng.exponential(0.7 * u[:, 0] ** 1.6)
+    assert fit_powers(np.log(u), errors) == pytest.approx((0.7, 1.6), rel=0.02)
+    images = [(p, q) for p, q in zip(np.split(np.log(u), 10), np.split(errors, 10), strict=True)]
     found = fit_uncertainty(KEYS[:10], images)
     assert found.kept and found.values == pytest.approx((0.7, 1.6), rel=0.02)
-    right = [(v, rng.exponential(v)) for v in np.exp(rng.uniform(-3, 0, (10, 50)))]
+    right = [(np.log(v)[:, None], rng.exponential(v)) for v in np.exp(rng.uniform(-3, 0, (10, 50)))]
     assert not fit_uncertainty(KEYS[:10], right).kept
+
+
+def test_powers_by_hand():
+    """One factor: the best p of log mean(e / u^p) + p mean(log u).
+
+    u = 1/2, 2 and e = 1/2, 8, so with x = 2^p it is log((x / 2 + 8 / x) / 2), least at x = 4: p = 2
+    and g = 2. Two factors of which the other is always 3: no power of it changes anything, so it
+    stays 0. And errors that fall with the uncertainty: p ends at its limit of 1/4.
+    """
+    u, errors = np.log([[0.5], [2.0]]), np.array([0.5, 8.0])
+    assert fit_powers(u, errors) == pytest.approx((2.0, 2.0), rel=1e-4)
+    both = np.hstack([u, np.full((2, 1), math.log(3.0))])
+    assert fit_powers(both, errors) == pytest.approx((2.0, 2.0, 0.0), rel=1e-4, abs=1e-6)
+    assert fit_powers(u, errors[::-1])[1] == 0.25
+    np.testing.assert_allclose(fitted_uncertainty(both, (2.0, 2.0, 1.0)), [1.5, 24.0])
+    np.testing.assert_allclose(fitted_uncertainty(both, (2.0, 2.0)), [0.5, 8.0])
+
+
+def test_other_factors_are_taken_where_they_help_and_only_there():
+    rng = np.random.default_rng(0)
+    logs = rng.uniform(-2, 2, (12, 3000, 3))
+    u, depth, _ = np.moveaxis(np.exp(logs), -1, 0)
+    images = list(zip(logs, rng.exponential(0.5 * u**0.8 * depth**-0.4), strict=True))
+    found = fit_uncertainty(KEYS, images)
+    assert found.kept and found.values == pytest.approx((0.5, 0.8, -0.4, 0.0), abs=0.03)
+    few = [(log[:12], rng.exponential(2 * np.exp(log[:12, 0]))) for log in logs]
+    found = fit_uncertainty(KEYS, few)
+    assert found.kept and len(found.values) == 2 and found.values[0] == pytest.approx(2, rel=0.3)
+    own = fit_uncertainty(KEYS, [(log[:, :1], e) for log, e in few])
+    assert own == found
 
 
 def test_the_confidence_of_errors_with_a_long_tail_is_what_was_found():
@@ -217,6 +249,28 @@ def test_a_fitted_students_answers_say_how_likely_they_are_right(tmp_path):
     predict(**plain, out=str(tmp_path / "said"))  # an unfitted student's: nothing old stays
     assert not list((tmp_path / "said").rglob("*_confidence.npy"))
     assert len(list((tmp_path / "said").rglob("*.depth.npy"))) == 8
+
+
+def test_the_fit_measures_the_factors_that_the_student_multiplies(tmp_path):
+    write_analytic_set(tmp_path / "truth", n=2, height=32, width=48)
+    torch.manual_seed(0)
+    plain = Student(backbone="test_efficientnet", height=32, width=64).eval()
+    torch.nn.init.normal_(plain.heads["depth"].maps.out.weight, std=0.1)
+    constants = {
+        "depth_uncertainty": (1.5, 0.8, -0.2, 0.3, 0.4),
+        "normals_uncertainty": (3.0, 0.9, 0.2, 0.4, 0.3),
+    }
+    fitted = Student(**{**plain.config, "calibration": constants}).eval()
+    fitted.load_state_dict(plain.state_dict())
+    truth = LabelSet(tmp_path / "truth")
+    before, after = (measured(model, truth, truth.keys) for model in (plain, fitted))
+    for logs, said in zip(before["depth_logs"], after["depth_logs"], strict=True):
+        want = fitted_uncertainty(logs, constants["depth_uncertainty"])
+        np.testing.assert_allclose(np.exp(said[:, 0]), want, rtol=1e-4)
+        assert logs.std(0).min() > 1e-3
+    for (logs, _), (said, _) in zip(before["normals"], after["normals"], strict=True):
+        want = fitted_uncertainty(logs, constants["normals_uncertainty"])
+        np.testing.assert_allclose(np.exp(said[:, 0]), want, rtol=1e-4)
 
 
 def test_a_student_twice_too_near_is_mended_in_its_file(tmp_path):

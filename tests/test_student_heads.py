@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from distill.scale_fit import fitted_uncertainty
 from export.onnx_graph import card_of, to_onnx
 from student.backbone import Backbone, StudentError
 from student.depth_heads import (
@@ -20,7 +21,7 @@ from student.depth_heads import (
 )
 from student.dpt import DptDecoder
 from student.grouping import group
-from student.model import Student
+from student.model import FACTORS, Student, log_factors
 
 SMALL = {"backbone": "test_efficientnet", "height": 64, "width": 96}
 
@@ -172,6 +173,14 @@ def test_grouping_ignores_nan_and_small_things():
             "tasks": ["depth"],
             "calibration": {"depth_uncertainty": [0.5, 1.5]},
         },
+        {
+            "depth_head": "step",
+            "calibration": {
+                "depth": [1.2, 0.1],
+                "depth_uncertainty": [1.5, 0.8, -0.2, 0.03, 0.05],
+                "normals_uncertainty": [3.0, 0.9, 0.1, 0.4, 0.2],
+            },
+        },
     ],
 )
 def test_every_part_exports_and_onnx_runtime_agrees(change):
@@ -233,6 +242,56 @@ def test_calibrated_students_change_by_their_constants_and_rebuild():
     assert again.config == fitted.config
 
 
+def test_the_factors_of_an_uncertainty_by_hand():
+    """A step from 1 m to e m between the columns 1 and 2, and a crease of 90 degrees there."""
+    depth = torch.tensor([1.0, 1.0, math.e, math.e]).expand(1, 1, 5, 4)
+    facing, across = torch.tensor([0.0, 0.0, -1.0]), torch.tensor([1.0, 0.0, 0.0])
+    normals = torch.stack([facing, facing, across, across], 1).view(1, 3, 1, 4).expand(1, 3, 5, 4)
+    answer = {
+        "depth": depth,
+        "depth_uncertainty": torch.full_like(depth, 0.2),
+        "normals": normals,
+        "normals_uncertainty": torch.full_like(depth, 9.0),
+    }
+    found = {k: v.exp() for k, v in log_factors("depth_uncertainty", answer).items()}
+    assert tuple(found) == ("depth_uncertainty", *FACTORS["depth_uncertainty"])
+    rows = {name: m[0, 0, 2].tolist() for name, m in found.items()}
+    assert rows["depth_uncertainty"] == pytest.approx([0.2] * 4)
+    assert rows["depth"] == pytest.approx([1.0, 1.0, math.e, math.e])
+    assert rows["rise"] == pytest.approx([0.01, 1.0, 0.01, 0.01], abs=1e-6)
+    assert rows["drop"] == pytest.approx([0.01, 0.01, 1.0, 0.01], abs=1e-6)
+    found = {k: v.exp() for k, v in log_factors("normals_uncertainty", answer).items()}
+    assert tuple(found) == ("normals_uncertainty", *FACTORS["normals_uncertainty"])
+    one_third = 1 - math.hypot(1 / 3, 2 / 3)  # three pixels of nine have the other normal
+    for row in found["spread"][0, 0].tolist():  # at the image's border as well
+        assert row == pytest.approx([0.01, one_third, one_third, 0.01], abs=1e-6)
+    assert found["slant"][0, 0, 2].tolist() == pytest.approx([1 / math.e, 1 / math.e, 1, 1])
+    assert found["depth_uncertainty"][0, 0, 2].tolist() == pytest.approx([0.2] * 4)
+    del answer["depth"], answer["depth_uncertainty"]
+    assert len(log_factors("normals_uncertainty", answer)) == 3
+
+
+def test_a_fitted_uncertainty_is_the_product_of_powers_that_the_fit_meant():
+    torch.manual_seed(0)
+    plain = Student(**SMALL).eval()
+    constants = {
+        "depth": [2.0, 0.25],
+        "depth_uncertainty": [1.5, 0.8, -0.2, 0.3, 0.4],
+        "normals_uncertainty": [3.0, 0.9, 0.2, 0.4, 0.3],
+    }
+    fitted = Student(**{**plain.config, "calibration": constants}).eval()
+    fitted.load_state_dict(plain.state_dict())
+    image = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        said, answer = plain(image), fitted(image)
+    for name in FACTORS:
+        logs = np.stack([f.numpy().ravel() for f in log_factors(name, said).values()], 1)
+        want = fitted_uncertainty(logs, tuple(constants[name]))  # of what it says unfitted
+        np.testing.assert_allclose(answer[name].ravel(), want, rtol=1e-4)
+    huge = Student(**{**plain.config, "calibration": {"depth_uncertainty": [1e9, 1.0]}}).eval()
+    assert (huge(image)["depth_uncertainty"] == 20.0).all()
+
+
 @pytest.mark.parametrize(
     "change, text",
     [
@@ -240,9 +299,19 @@ def test_calibrated_students_change_by_their_constants_and_rebuild():
         ({"depth_head": "ordinal"}, r"expected \['log', 'step', 'bins', 'mixture'\]"),
         (
             {"calibration": {"sky": [1, 0]}},
-            r"expected two finite numbers each for some of \['depth'",
+            r"sky=\[1.0, 0.0\], expected two finite .* at most so many: \{'depth': 2, 'depth_unc",
         ),
-        ({"calibration": {"depth": [1]}}, r"expected two finite numbers each"),
+        ({"calibration": {"depth": [1]}}, r"depth=\[1.0\], expected two finite numbers or more"),
+        ({"calibration": {"depth": [1, 2, 3]}}, r"at most so many: \{'depth': 2"),
+        ({"calibration": {"depth_uncertainty": [1] * 6}}, r"'depth_uncertainty': 5, 'normals_unc"),
+        (
+            {"tasks": ["normals"], "calibration": {"normals_uncertainty": [1] * 5}},
+            r"at most so many: \{'normals_uncertainty': 4\}",
+        ),
+        (
+            {"uncertainty": False, "calibration": {"depth_uncertainty": [1, 1]}},
+            r"at most so many: \{'depth': 2\}",
+        ),
     ],
 )
 def test_impossible_choices_are_explained(change, text):
