@@ -88,7 +88,7 @@ class Student(nn.Module):
         decoder: ``fpn``, light, or ``dpt``, wider and without the image's own detail.
         decoder_channels: channels at the decoder's output stride.
         decoder_stride: 2 or 4; the heads' sub-pixels do the rest.
-        depth_head: ``log``, ``step``, ``bins`` or ``mixture`` (`student.depth_heads`).
+        depth_head: ``step``, ``log``, ``bins`` or ``mixture`` (`student.depth_heads`).
         uncertainty: whether each task also predicts its uncertainty.
         calibration: constants fitted to truth after training: ``depth`` [a, b] for a depth + b
             (canonical metres), ``TASK_uncertainty`` [g, p, ...] for g times powers p, ... of
@@ -118,7 +118,7 @@ class Student(nn.Module):
         decoder: str = "fpn",
         decoder_channels: int = 32,
         decoder_stride: int = 2,
-        depth_head: str = "log",
+        depth_head: str = "step",
         uncertainty: bool = True,
         calibration: Mapping[str, Sequence[float]] | None = None,
         pretrained: bool = False,

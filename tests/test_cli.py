@@ -124,21 +124,21 @@ def test_the_installed_command_finds_its_configuration(tmp_path):
 
 
 DEAF = """
-import signal, sys, threading, time
+import os, signal, threading, time
 from distill import cli
 
-hung = threading.Lock()
-hung.acquire()
+listening = threading.Event()
 with cli.handled_signals(0.5):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def hears():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        print("ready", flush=True)
+        listening.set()
         time.sleep(60)
 
     threading.Thread(target=hears, daemon=True).start()
-    hung.acquire()
+    listening.wait()
+    os.system("echo ready; exec sleep 10 > /dev/null 2>&1")  # says so when it is in its wait
 """
 
 

@@ -662,7 +662,7 @@ def test_position_embeddings_follow_a_student_to_another_input_size(tmp_path, mo
     assert about["fresh"] == [] and about["taken"] == len(new.state_dict())
     assert about["resampled"] == ["backbone.net.model.pos_embed"]
     said = told(about, path)
-    assert "159 tensors taken; resampled to this input size: backbone.net.model.pos_embed" in said
+    assert "161 tensors taken; resampled to this input size: backbone.net.model.pos_embed" in said
     assert likeness(old.backbone(small)[-1], new.backbone(large)[-1]) > 0.99
     # upright instead of wide: as many patches, so only the grid tells that they lie elsewhere
     upright = vit(96, 64)
@@ -700,7 +700,7 @@ def test_init_takes_a_step_and_what_it_stands_on_together(tmp_path):
     path = str(tmp_path / "old.safetensors")
     out = ["heads.depth.maps.out.bias", "heads.depth.maps.out.weight"]
     step = ["heads.depth.step.bias", "heads.depth.step.weight"]
-    save_student(vit(64, 96), path, {})
+    save_student(vit(64, 96, depth_head="log"), path, {})
     log = load_student(path)
     model = vit(64, 96, depth_head="step").eval()
     assert start_from(model, path)[0]["fresh"] == step
@@ -709,7 +709,9 @@ def test_init_takes_a_step_and_what_it_stands_on_together(tmp_path):
     torch.nn.init.normal_(model.heads["depth"].step.weight)
     save_student(model, path, {})
     assert start_from(vit(64, 96, depth_head="step"), path)[0]["fresh"] == []
-    assert start_from(vit(64, 96), path)[0]["fresh"] == out  # else every step would be missing
+    assert (
+        start_from(vit(64, 96, depth_head="log"), path)[0]["fresh"] == out
+    )  # else every step would be missing
     about, _ = start_from(vit(64, 96, depth_head="step", uncertainty=False), path)
     assert about["fresh"][:4] == [*out, *step]
 
@@ -733,9 +735,8 @@ def test_init_says_what_starts_anew_and_which_constants_stay_behind(tmp_path):
     parts = ["fuse", "lateral", "out", "project", "reassemble"]
     anew = [f"decoder.{part}" for part in parts] + ["heads.normals"]
     assert about["unfitted"] == ["depth"]
-    assert about["fresh"] == sorted(
-        [*anew, "heads.depth.maps.out.bias", "heads.depth.maps.out.weight"]
-    )
+    depth = [f"heads.depth.{n}.{part}" for n in ("maps.out", "step") for part in ("bias", "weight")]
+    assert about["fresh"] == sorted([*anew, *depth])
     said = told(about, path)
     assert "decoder.fuse" in said and "fitted constants left behind" in said
     assert said.startswith(f"init={path}: {about['taken']} tensors taken; start anew: decoder")

@@ -17,7 +17,7 @@ images=truth/held-out`), per image, by a paired bootstrap; and by the distance f
 step in the true depth or crease of the true normals delta1 and the mean angle, pixels of all images
 together. `losses`: without what they count twice or three times.
 
-Every variant differs from the first, `log` (`STUDENT` and `TRAINER` on ``train``), in one thing;
+Every variant differs from the first, `step` (`STUDENT` and `TRAINER` on ``train``), in one thing;
 all take as many steps of as many images, and each is scored on every held-out set.
 Further label sets of the same images: `answers`, one answer per image instead of a consensus;
 `truth`; `budget`, so many answers of the teacher in all: as many images with one each, half of them
@@ -65,9 +65,9 @@ TRAINER = {
     "val_every": 100_000,
 }
 # group -> (name, argument of `train` or "data" or "uncertainty" -> what differs from the first)
-FIRST: tuple[str, dict[str, Any]] = ("log", {})
+FIRST: tuple[str, dict[str, Any]] = ("step", {})
 VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "heads": [(n, {"student": {"depth_head": n}}) for n in ("step", "bins", "mixture")],
+    "heads": [(n, {"student": {"depth_head": n}}) for n in ("log", "bins", "mixture")],
     "rate": [(f"rate {lr}", {"trainer": {"lr": lr}}) for lr in (0.006, 0.024)],
     "adamw": [
         (f"adamw {lr}", {"trainer": {"optimizer": "adamw", "lr": lr}})
