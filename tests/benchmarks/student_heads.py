@@ -88,6 +88,7 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("no creases", {"crease_deg": 180.0}),
         ("plain losses", {"border": False, "weights": {"depth_robust": 0.0, "normals_angle": 1.0}}),
     ],
+    "balance": [(f"normals {w:g}", {"weights": {"normals_angle": w}}) for w in (4.0, 8.0)],
     "features": [("mini's features", {"features": {"name": "mini"}})],
     "decoder": [
         ("stride 2", {"student": {"decoder_stride": 2}}),
